@@ -1,0 +1,33 @@
+"""Penjing: compress a large model, prove what was lost, and serve it on the machine you have.
+
+The verbs are loaded when first used, so that ``import penjing`` stays fast and never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# verb → the module that has it
+_VERBS = {
+    "attach": "penjing.modules",
+    "compress": "penjing.compress",
+    "evaluate": "penjing.evaluate",
+    "load": "penjing.modules",
+    "prune": "penjing.modules",
+    "quantize": "penjing.modules",
+    "save": "penjing.modules",
+}
+__all__ = ["__version__", *_VERBS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'penjing' has no attribute {name!r}")
+    return getattr(importlib.import_module(_VERBS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

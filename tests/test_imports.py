@@ -1,0 +1,71 @@
+"""The direction of imports: data flows one way, and nothing on the serving side imports torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import penjing
+
+PACKAGE = Path(penjing.__file__).parent
+
+# part → the parts it may import; everyone may import recipe and errors.
+MAY_IMPORT = {
+    "errors": set(),
+    "recipe": {"formats"},
+    "formats": set(),
+    "kernels": {"formats"},
+    "methods": {"formats", "kernels"},
+    "checkpoint": {"formats", "kernels"},
+    "models": {"checkpoint", "formats", "kernels"},
+    "modules": {"checkpoint", "formats", "kernels", "methods", "stats"},
+    "hardware": {"kernels"},
+    "stats": set(),
+    "report": {"stats"},
+    "evaluate": {"checkpoint", "formats", "kernels", "models", "stats"},
+    "compress": {"checkpoint", "evaluate", "formats", "kernels", "methods", "models", "hardware"},
+    "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},
+    "serve": {"checkpoint", "engine", "hardware", "models"},
+    "cli": {"*"},
+    "__init__": {"*"},
+    "__main__": {"cli"},
+}
+USES_TORCH = {"modules"}
+
+
+def imports_of(file: Path) -> list[tuple[str, str]]:
+    """(top-level package, part of penjing or '') for each import statement in a file."""
+    found = []
+    depth = len(file.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.split(".")[0], "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            found += [("penjing", name) for name in names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            top, _, rest = node.module.partition(".")
+            found.append((top, rest.split(".")[0] if top == "penjing" else ""))
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        allowed = MAY_IMPORT[part] | {"errors", "recipe", part, ""}
+        for top, target in imports_of(file):
+            where = file.relative_to(PACKAGE)
+            if top == "penjing" and "*" not in allowed and target not in allowed:
+                wrong.append(f"{where} imports {target}")
+            if top in {"torch", "transformers"} and part not in USES_TORCH:
+                wrong.append(f"{where} imports {top}")
+    assert not wrong, wrong
+
+
+def test_import_penjing_brings_neither_torch_nor_numpy() -> None:
+    code = "import sys, penjing; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

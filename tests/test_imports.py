@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "checkpoint": {"formats", "kernels"},
     "models": {"checkpoint", "formats", "kernels"},
     "modules": {"checkpoint", "formats", "kernels", "methods", "stats"},
-    "hardware": {"kernels"},
+    "hardware": {"kernels", "_native"},
     "stats": set(),
     "report": {"stats"},
     "evaluate": {"checkpoint", "formats", "kernels", "models", "stats"},

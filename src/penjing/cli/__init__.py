@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import typer
 
@@ -18,7 +18,9 @@ from ..errors import PenjingError
 COMMANDS = ("doctor",)
 
 # Click's base error; typer carries click inside itself since 0.20 or so, so it is found by name.
-ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+ClickException = cast(
+    type[typer.BadParameter], next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+)
 
 app = typer.Typer(
     name="penjing",
@@ -50,14 +52,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, prog_name="penjing", standalone_mode=False)
     except (PenjingError, ClickException) as error:
         if debug:
             raise
         message = str(error) if isinstance(error, PenjingError) else error.format_message()
-        print(f"penjing: {message}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(message, error.exit_code)
+    except OSError as error:  # a full disk, a port in use, no permission
+        if debug:
+            raise
+        _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except (KeyboardInterrupt, typer.Abort):
-        print("penjing: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(1)
+        _stop("interrupted", 1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    if message:  # `penjing` alone has printed its help and has nothing to add
+        print(f"penjing: {message}", file=sys.stderr)
+    sys.exit(status)

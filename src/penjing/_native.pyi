@@ -1,0 +1,3 @@
+"""The native library, as native/bindings offers it."""
+
+def isa() -> str: ...

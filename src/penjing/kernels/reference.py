@@ -1,0 +1,196 @@
+"""The kernels in plain numpy: slow, short, and the oracle that the native ones are tested against.
+
+Same names, arguments and results as in `penjing.kernels`; integers agree bit for bit, sums of floats to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from ..formats import affine, bitmask, packed
+from ..formats.affine import AffineTensor, Grid
+
+Floats = NDArray[np.float32]
+ACTIVATION_GRID = Grid(8, affine.PER_CHANNEL, symmetric=False)
+
+
+def matrix(x: Floats, weight: Floats, bias: Floats | None = None) -> Floats:
+    """x (m, in) @ weight (out, in)ᵀ + bias, summed in float64."""
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
+    return (y if bias is None else y + bias).astype(np.float32)
+
+
+def symmetric_rows(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes and step of each row: s = absmax / 127.5, as compressed-tensors' dynamic per-token int8."""
+    scale = np.abs(x).max(axis=1, initial=0, keepdims=True) / np.float32(127.5)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    codes = np.clip(np.rint(x * (np.float32(1) / scale)), -128, 127)
+    return codes.astype(np.int8), scale.astype(np.float32)
+
+
+def int8_matrix(x: Floats, weight: AffineTensor, bias: Floats | None = None) -> Floats:
+    """W8A8 dynamic: int8 rows of x times int8 weights (one step a row or a tensor), summed in int32, then the steps."""
+    codes, step = symmetric_rows(x)
+    centred = weight.codes.astype(np.int64)
+    if weight.zero_point is not None:
+        centred = centred - weight.zero_point
+    sums = (codes.astype(np.int64) @ centred.T).astype(np.float32)
+    y = sums * step * np.broadcast_to(weight.scale[:, 0], len(centred))
+    return y if bias is None else y + bias
+
+
+def affine_activation(x: Floats, axes: tuple[int, ...], step: float | None, zero: int) -> tuple[Any, Any, Any]:
+    """Codes int8, steps and zero points of activations; without a step, from the range over ``axes``."""
+    if step is None:
+        low, high = x.min(axis=axes, keepdims=True, initial=0), x.max(axis=axes, keepdims=True, initial=0)
+        scale, zeros = affine.fit(low, high, ACTIVATION_GRID)
+    else:
+        scale, zeros = np.float32(step), np.int8(zero)
+    codes = np.clip(np.rint(x * (np.float32(1) / scale) + np.float32(zeros)), -128, 127).astype(np.int8)
+    return codes, scale, zeros
+
+
+class IntegerLinear:
+    """See `penjing.kernels.IntegerLinear`."""
+
+    def __init__(
+        self,
+        codes: NDArray[np.int8],
+        scale: Floats,
+        zero_point: NDArray[np.int8] | None = None,
+        bias: Floats | None = None,
+        relu: bool = False,
+    ) -> None:
+        self.centred = codes.astype(np.int64)
+        if zero_point is not None:
+            self.centred = self.centred - zero_point.astype(np.int64)[:, None]
+        self.scale, self.bias, self.relu = np.broadcast_to(scale, len(codes)), bias, relu
+
+    def accumulate(self, x_codes: NDArray[np.int8], zero: int = 0) -> NDArray[np.int32]:
+        return ((x_codes.astype(np.int64) - zero) @ self.centred.T).astype(np.int32)
+
+    def __call__(self, x: Floats, step: float | None = None, zero: int = 0) -> Floats:
+        codes, scale, zeros = affine_activation(x, (1,), step, zero)
+        sums = ((codes.astype(np.int64) - zeros) @ self.centred.T).astype(np.float32)
+        y = sums * scale * self.scale
+        return _finish(y, self.bias, self.relu)
+
+
+def _finish(y: Floats, bias: Floats | None, relu: bool) -> Floats:
+    y = y if bias is None else y + bias
+    return np.maximum(y, np.float32(0)) if relu else y
+
+
+class IntegerConv:
+    """See `penjing.kernels.IntegerConv`."""
+
+    def __init__(
+        self,
+        codes: NDArray[np.int8],
+        scale: Floats,
+        zero_point: NDArray[np.int8] | None = None,
+        bias: Floats | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        relu: bool = False,
+    ) -> None:
+        dims = codes.ndim - 2
+        self.centred = codes.astype(np.int64)
+        if zero_point is not None:
+            self.centred = self.centred - zero_point.astype(np.int64).reshape(-1, *[1] * (dims + 1))
+        self.stride, self.padding, self.dilation = (
+            (value,) * dims if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)
+        )
+        self.scale, self.bias, self.groups, self.relu = np.broadcast_to(scale, len(codes)), bias, groups, relu
+
+    def accumulate(self, x_codes: NDArray[np.int8], zero: int = 0) -> NDArray[np.int32]:
+        return self._sums(x_codes.astype(np.int64) - zero).astype(np.int32)
+
+    def __call__(self, x: Floats, step: float | None = None, zero: int = 0) -> Floats:
+        codes, scale, zeros = affine_activation(x, tuple(range(1, x.ndim)), step, zero)
+        ones = (1, -1, *[1] * (x.ndim - 2))
+        y = self._sums(codes.astype(np.int64) - zeros).astype(np.float32) * scale * self.scale.reshape(ones)
+        return _finish(y, None if self.bias is None else self.bias.reshape(ones), self.relu)
+
+    def _sums(self, x: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Cross-correlation of centred activations (n, c, *spatial): one shifted product for each tap."""
+        kernel = self.centred.shape[2:]
+        x = np.pad(x, [(0, 0), (0, 0), *[(p, p) for p in self.padding]])
+        size = [
+            (length - d * (k - 1) - 1) // s + 1
+            for length, k, s, d in zip(x.shape[2:], kernel, self.stride, self.dilation, strict=True)
+        ]
+        batch, outputs = x.shape[0], self.centred.shape[0]
+        x = x.reshape(batch, self.groups, -1, *x.shape[2:])
+        weight = self.centred.reshape(self.groups, outputs // self.groups, -1, *kernel)
+        y = np.zeros((batch, self.groups, outputs // self.groups, *size), np.int64)
+        all_of: Any = (slice(None), slice(None), slice(None))
+        for tap in itertools.product(*map(range, kernel)):
+            window = tuple(
+                slice(t * d, t * d + s * (o - 1) + 1, s)
+                for t, d, s, o in zip(tap, self.dilation, self.stride, size, strict=True)
+            )
+
+            y += np.einsum("goc,bgc...->bgo...", weight[all_of + tap], x[all_of + window])
+        return y.reshape(batch, outputs, *size)
+
+
+def quantize(weight: NDArray[Any], grid: Grid, mask: NDArray[np.bool_] | None = None) -> AffineTensor:
+    """Min-max, round to nearest; what the mask does not keep counts as zero."""
+    values = weight.astype(np.float32)
+    if mask is not None:
+        values = np.where(mask, values, np.float32(0))
+    scale, zero_point = affine.fit(*affine.ranges(values, grid), grid)
+    return AffineTensor(affine.encode(values, scale, zero_point, grid), scale, zero_point, grid)
+
+
+def quantize_packed(
+    weight: NDArray[Any], grid: Grid, mask: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int32], Floats, NDArray[np.int8] | None]:
+    tensor = quantize(weight, grid, mask)
+    return packed.pack(tensor.codes, grid.bits), tensor.scale, tensor.zero_point
+
+
+def prune_threshold(weight: NDArray[Any], sparsity: float) -> float:
+    """The largest magnitude among the round(sparsity · size) smallest; 0 when there are none."""
+    count = round(sparsity * weight.size)
+    return float(np.sort(np.abs(weight.astype(np.float32)).ravel())[count - 1]) if count else 0.0
+
+
+def prune(
+    weight: NDArray[Any],
+    sparsity: float,
+    scope: Literal["row", "tensor"] = "tensor",
+    pattern: tuple[int, int] | None = None,
+) -> NDArray[Any]:
+    """Zeros in place of the smallest magnitudes; of equal ones the first goes first."""
+    rows, columns = weight.shape
+    if pattern is not None:
+        keep, of = pattern
+        if columns % of:
+            raise BadInput(f"pattern {keep}:{of} does not divide {columns} columns")
+        parts, count = weight.reshape(-1, of), of - keep
+    elif scope == "row":
+        parts, count = weight, round(sparsity * columns)
+    else:
+        parts, count = weight.reshape(1, -1), round(sparsity * weight.size)
+    order = np.argsort(np.abs(parts.astype(np.float32)), axis=1, kind="stable")[:, :count]
+    pruned = parts.copy()
+    np.put_along_axis(pruned, order, np.zeros((), weight.dtype), axis=1)
+    return pruned.reshape(rows, columns)
+
+
+def has_nonfinite(array: NDArray[Any]) -> bool:
+    return not bool(np.isfinite(array.astype(np.float32)).all())
+
+
+pack, unpack = packed.pack, packed.unpack
+bitmask_encode, bitmask_decode = bitmask.encode, bitmask.decode

@@ -69,3 +69,15 @@ def test_import_penjing_brings_neither_torch_nor_numpy() -> None:
     code = "import sys, penjing; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Commands import what they need inside their functions, so that `penjing --help` stays quick."""
+    heavy = ("torch", "transformers", "numpy", "tokenizers", "fastapi", "uvicorn", "onnx", "matplotlib", "pydantic")
+    code = (
+        "import sys, penjing.cli\n"
+        "try:\n    penjing.cli.main(['--help'])\n"
+        f"except SystemExit:\n    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stderr.strip() == "[]"

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "recipe": {"formats"},
     "formats": set(),
-    "kernels": {"formats"},
+    "kernels": {"formats", "_native"},
     "methods": {"formats", "kernels"},
     "checkpoint": {"formats", "kernels"},
     "models": {"checkpoint", "formats", "kernels"},

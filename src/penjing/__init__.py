@@ -26,7 +26,13 @@ __all__ = ["__version__", *_VERBS]
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'penjing' has no attribute {name!r}")
-    return getattr(importlib.import_module(_VERBS[name]), name)
+    try:
+        module = importlib.import_module(_VERBS[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"penjing.{name} needs torch: pip install torch (its CPU build is enough)") from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,1 +1,66 @@
-"""See docs/design.md."""
+"""Language models: one family a file, named as ``config.json`` names it in ``model_type``.
+
+`load` gives a whole model in memory for serving, `stream` one block at a time for models larger than memory. To add
+a family, write its file with a ``read(values, where) -> ModelConfig`` and put its name in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from .. import kernels
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import BadCheckpoint, Unsupported, nearest
+from .config import ModelConfig, read_json
+from .model import Chunk, KVCache, Model
+from .stream import Stream
+from .weights import check_names
+
+__all__ = ["FAMILIES", "Chunk", "KVCache", "Model", "ModelConfig", "Stream", "load", "read_config", "stream"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The model that a checkpoint's ``config.json`` (and ``generation_config.json``) describe.
+
+    Raises Unsupported for a family that is not in `FAMILIES`, BadCheckpoint for values that cannot be.
+    """
+    where = f"{checkpoint.path}/config.json"
+    family = checkpoint.config.get("model_type")
+    if not isinstance(family, str):
+        raise BadCheckpoint(f"{where}: model_type is missing; it names the family, e.g. 'llama'")
+    if family not in FAMILIES:
+        raise Unsupported(
+            f"{where}: model_type = {family!r} is not a family that Penjing computes; {nearest(family, FAMILIES)}"
+        )
+    values = dict(checkpoint.config)
+    # What generation stops at is decided by generation_config.json where it says anything.
+    generation = read_json(Path(checkpoint.path) / "generation_config.json", missing={})
+    if generation.get("eos_token_id") is not None:
+        values["eos_token_id"] = generation["eos_token_id"]
+    config: ModelConfig = importlib.import_module(f".{family}", __name__).read(values, where)
+    return config
+
+
+def _open(model: str | Path | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def load(model: str | Path | Checkpoint, *, threads: int | None = None) -> Model:
+    """A whole model in memory. ``threads``: for the kernels of this process; all cores by default."""
+    checkpoint = _open(model)
+    config = read_config(checkpoint)
+    check_names(checkpoint, config)
+    if threads is not None:
+        kernels.set_threads(threads)
+    return Model(checkpoint, config)
+
+
+def stream(model: str | Path | Checkpoint) -> Stream:
+    """A model whose blocks are in memory one at a time."""
+    checkpoint = _open(model)
+    config = read_config(checkpoint)
+    check_names(checkpoint, config)
+    return Stream(checkpoint, config)

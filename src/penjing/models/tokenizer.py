@@ -1,0 +1,132 @@
+"""Text to tokens and back: ``tokenizer.json`` through the tokenizers library, with Hugging Face's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+
+from ..errors import BadCheckpoint, BadInput
+from .chat import ChatTemplate, read_template
+from .config import read_json
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """The tokenizer of a model folder; raises BadCheckpoint where it is missing or damaged.
+
+    special_tokens: ``bos_token`` and so on, as text.  chat_template: None if the model has none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.config = read_json(folder / "tokenizer_config.json", missing={})
+        try:
+            self.backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception for every fault
+            reason = error if (folder / "tokenizer.json").exists() else "no such file"
+            raise BadCheckpoint(f"{folder}/tokenizer.json: {reason}; a tokenizers-format file is needed") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.special_tokens = _special_tokens(self.config, read_json(folder / "special_tokens_map.json", missing={}))
+        if "add_bos_token" in self.config or "add_eos_token" in self.config:
+            self.backend.post_processor = self._template()
+        self.chat_template: ChatTemplate | None = read_template(folder, self.config)
+
+    def _template(self) -> TemplateProcessing:
+        """What tokenizer_config.json says of the tokens at both ends, which goes before tokenizer.json."""
+        ends = [
+            self.special_tokens.get(name) if self.config.get(f"add_{name}") else None
+            for name in ("bos_token", "eos_token")
+        ]
+        bos, eos = ends
+        pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+        named = [(token, self.token_id(token)) for token in dict.fromkeys(ends) if token]
+        return TemplateProcessing(single=pieces, pair=[*pieces, "$B:1"], special_tokens=named)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that text can be made of, added ones included; a model's vocabulary may be padded beyond it."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token given as it is in the vocabulary."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise BadCheckpoint(f"tokenizer: token {token!r} is named as special and not in the vocabulary")
+        return int(found)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; with ``add_special_tokens`` also what the model expects at its ends."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Text of a stream of tokens that follow the given ones."""
+        return Detokenizer(self, prompt, skip_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The conversation as the model was taught to read it; encode it with ``add_special_tokens=False``.
+
+        variables: what else the template asks for (``tools``, ``enable_thinking``, …), as plain JSON data.
+        Raises BadInput if there is no template, or if the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise BadInput("the model has no chat template; use completions, or add chat_template.jinja to its folder")
+        return self.chat_template.render(
+            messages, {"add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables}
+        )
+
+
+class Detokenizer:
+    """Text piece by piece: what was pushed comes out as soon as it is whole UTF-8.
+
+    The pieces and `flush` together are the text of all tokens. A token is decoded with those before it, because many
+    decoders treat the first token of a text (its leading space) in another way.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # Tokens whose text is out, and in front of them, those that only give context; then those held back.
+        self._ids = list(prompt[-4:])
+        self._shown = len(self._ids)
+        self._context = 0
+
+    def _decode(self, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[self._context : end], skip_special_tokens=self._skip)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while it ends within a character."""
+        self._ids.append(token)
+        before, text = self._decode(self._shown), self._decode()
+        if len(text) <= len(before) or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """The rest at the end of a text, with U+FFFD for an incomplete character."""
+        rest = self._decode()[len(self._decode(self._shown)) :]
+        self._context = self._shown = len(self._ids)
+        return rest
+
+
+def _special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
+    """Named tokens as text; each is given as text or as an object with ``content``."""
+    tokens = {}
+    for name in _NAMED:
+        value = config.get(name, older.get(name))
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens

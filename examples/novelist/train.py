@@ -1,6 +1,6 @@
 """Train Novelist: an 11-million-parameter Llama on public-domain novels, in about 75 minutes on two CPU cores.
 
-    python examples/novelist/train.py war-and-peace.txt middlemarch.txt … --evaluation held-out.txt --output out/novelist
+    python examples/novelist/train.py war-and-peace.txt dracula.txt … --evaluation held-out.txt --output out/novelist
 
 The texts are plain files of Project Gutenberg; README.md beside this file lists those that were used. The tokenizer is
 trained on them first, then the model: Muon for the matrices, AdamW for embeddings and norms. Needs torch ≥ 2.9,

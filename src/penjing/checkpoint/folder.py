@@ -1,0 +1,195 @@
+"""A checkpoint folder as Hugging Face lays it out, plain or compressed: config.json, safetensors, side files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadCheckpoint, Unsupported
+from . import storage
+from .atomic import read_json
+from .safetensors import SafetensorsFile, TensorInfo
+from .storage import Scheme, Weight
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+# Tensors that belong to one weight: X.weight_packed, X.weight.bitmask, … → X
+_PART_NAMES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight.compressed",
+    "weight.bitmask",
+    "weight.row_offsets",
+    "weight.shape",
+)
+
+
+class Checkpoint:
+    """A folder of tensors, opened for reading; only headers are in memory.
+
+    path: the folder.  config: what config.json says.  infos: stored name → TensorInfo.  names: what a plain
+    checkpoint would call its tensors; a compressed weight counts as one, ``X.weight``.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+        self.path = path
+        self.config = config
+        self._files = {name: file for file in files.values() for name in file.infos}
+        self.infos: dict[str, TensorInfo] = {name: file.infos[name] for name, file in self._files.items()}
+        self.weight_files = sorted(files)
+        quantization = config.get("quantization_config")
+        self.schemes: tuple[Scheme, ...] = (
+            storage.read_schemes(quantization, f"{path}/{CONFIG}") if quantization is not None else ()
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        logical = (f"{module_of(name)}.weight" if is_part(name) else name for name in self.infos)
+        return tuple(dict.fromkeys(logical))
+
+    def close(self) -> None:
+        for file in set(self._files.values()):
+            file.close()
+
+    def file_of(self, stored_name: str) -> Path:
+        return self._files[stored_name].path
+
+    def read(self, stored_name: str, rows: slice | None = None) -> NDArray[Any]:
+        """A tensor as it is stored, or some of its rows; BadCheckpoint when there is no such name."""
+        if stored_name not in self._files:
+            raise BadCheckpoint(f"{self.path}: tensor {stored_name} is missing")
+        return self._files[stored_name].read(stored_name, rows)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A tensor of `names`; a weight that is stored compressed is decoded, to float32 or its own dtype."""
+        if name in self.infos and not self.is_compressed(module_of(name)):
+            return self.read(name)
+        weight = self.weight(module_of(name))
+        return weight if isinstance(weight, np.ndarray) else weight.decode()
+
+    def weight(self, module: str) -> Weight:
+        """A module's weight as it is stored: an array, an AffineTensor or a BitmaskTensor."""
+        where = f"{self.path}: {module}"
+        if not self.is_compressed(module):
+            return self.read(f"{module}.weight")
+        parts = {part: self.read(f"{module}.{part}") for part in self.parts(module)}
+        if "weight_scale" in parts:
+            return storage.decode(parts, self.scheme(module), where)
+        if "weight.compressed" not in parts:
+            raise BadCheckpoint(f"{where}: weight_scale is missing")
+        return storage.decode_sparse(parts, where)
+
+    def activations(self, module: str) -> Literal["float", "int8"]:
+        """What the module multiplies its weight with: its input as it is, or quantized to int8 token by token."""
+        return self.scheme(module).activations if f"{module}.weight_scale" in self.infos else "float"
+
+    def is_compressed(self, module: str) -> bool:
+        return any(f"{module}.{part}" in self.infos for part in _PART_NAMES)
+
+    def parts(self, module: str) -> list[str]:
+        """Names, after "X.", of the tensors that a module's weight is stored in."""
+        return [part for part in ("weight", *_PART_NAMES) if f"{module}.{part}" in self.infos]
+
+    def scheme(self, module: str) -> Scheme:
+        """How a quantized module is stored; BadCheckpoint when config.json does not say."""
+        exact_first = sorted(self.schemes, key=lambda scheme: "Linear" in scheme.targets)
+        for scheme in exact_first:
+            if scheme.covers(module):
+                return scheme
+        raise BadCheckpoint(
+            f"{self.path}: {module} is stored quantized, but no group of {CONFIG}'s quantization_config targets it"
+        )
+
+    def side_files(self) -> Iterator[Path]:
+        """The files that go with the weights: tokenizer, generation settings, templates; no weights, no code."""
+        for file in sorted(self.path.iterdir()):
+            ours = file.name in (CONFIG, "penjing.json") or file.name.endswith(".index.json")
+            if file.is_file() and file.suffix in _SIDE_FILES and not ours:
+                yield file
+
+
+def is_part(stored_name: str) -> bool:
+    """Is this one of the tensors that a compressed weight is stored in?"""
+    return any(stored_name.endswith(f".{part}") for part in _PART_NAMES)
+
+
+def module_of(name: str) -> str:
+    """``X.weight``, ``X.weight_packed``, ``X.weight.bitmask``, ``X.bias`` → X."""
+    for part in _PART_NAMES:
+        if name.endswith(f".{part}"):
+            return name.removesuffix(f".{part}")
+    return name.rpartition(".")[0]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder.
+
+    Raises BadCheckpoint when a file is missing, damaged or contradicts another, Unsupported for weights in a format
+    that Penjing does not read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
+        raise BadCheckpoint(f"{folder}: {what}")
+    if not (folder / CONFIG).exists():
+        unfinished = (folder / ".journal").exists()
+        hint = "compressing it was not finished; run the same command again" if unfinished else "not a model folder"
+        raise BadCheckpoint(f"{folder}: {CONFIG} is missing: {hint}")
+    config = read_json(folder / CONFIG, BadCheckpoint)
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{folder / CONFIG}: not an object")
+    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder)}
+    checkpoint = Checkpoint(folder, config, files)
+    if (folder / INDEX).exists():
+        _check_index(folder, files)
+    return checkpoint
+
+
+def _index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    index = read_json(path, BadCheckpoint)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise BadCheckpoint(f"{path}: needs weight_map, an object of tensor → file")
+    for file in places.values():
+        if Path(file).name != file:
+            raise BadCheckpoint(f"{path}: {file!r} is not the name of a file in this folder")
+    return places
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).exists():
+        shards = sorted(set(_index(folder).values()))
+        missing = [name for name in shards if not (folder / name).exists()]
+        if missing:
+            raise BadCheckpoint(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} are)")
+        return shards
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if others:
+        raise BadCheckpoint(f"{folder}: {len(others)} safetensors files and no {INDEX} that says what is in which")
+    if pickles := sorted(file.name for file in folder.glob("*.bin")):
+        raise Unsupported(f"{folder}: weights are a pickle ({pickles[0]}), which could run code; save as safetensors")
+    raise BadCheckpoint(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _check_index(folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
+    """Index and shards agree: each tensor is where the index says, and nowhere else."""
+    index = _index(folder)
+    for tensor, file in index.items():
+        if tensor not in files[file].infos:
+            raise BadCheckpoint(f"{folder / file}: tensor {tensor} is missing; {INDEX} says it is here")
+    for name, shard in files.items():
+        for tensor in shard.infos:
+            if index.get(tensor) != name:
+                raise BadCheckpoint(f"{folder / name}: tensor {tensor} is not in {INDEX} at this file")

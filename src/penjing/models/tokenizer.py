@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 from ..errors import BadCheckpoint, BadInput
 from .chat import ChatTemplate, read_template
@@ -18,6 +17,9 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 class Tokenizer:
     """The tokenizer of a model folder; raises BadCheckpoint where it is missing or damaged.
+
+    What is put at the ends of a text (a beginning-of-text token, say) is what ``tokenizer.json`` has as its
+    post-processor; ``add_bos_token`` of tokenizer_config.json is not read, as in transformers 5.
 
     special_tokens: ``bos_token`` and so on, as text.  chat_template: None if the model has none.
     """
@@ -33,32 +35,12 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.special_tokens = _special_tokens(self.config, read_json(folder / "special_tokens_map.json", missing={}))
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            self.backend.post_processor = self._template()
         self.chat_template: ChatTemplate | None = read_template(folder, self.config)
-
-    def _template(self) -> TemplateProcessing:
-        """What tokenizer_config.json says of the tokens at both ends, which goes before tokenizer.json."""
-        ends = [
-            self.special_tokens.get(name) if self.config.get(f"add_{name}") else None
-            for name in ("bos_token", "eos_token")
-        ]
-        bos, eos = ends
-        pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        named = [(token, self.token_id(token)) for token in dict.fromkeys(ends) if token]
-        return TemplateProcessing(single=pieces, pair=[*pieces, "$B:1"], special_tokens=named)
 
     @property
     def vocab_size(self) -> int:
         """Tokens that text can be made of, added ones included; a model's vocabulary may be padded beyond it."""
         return self.backend.get_vocab_size(with_added_tokens=True)
-
-    def token_id(self, token: str) -> int:
-        """The id of a token given as it is in the vocabulary."""
-        found = self.backend.token_to_id(token)
-        if found is None:
-            raise BadCheckpoint(f"tokenizer: token {token!r} is named as special and not in the vocabulary")
-        return int(found)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with ``add_special_tokens`` also what the model expects at its ends."""
@@ -90,7 +72,8 @@ class Tokenizer:
 class Detokenizer:
     """Text piece by piece: what was pushed comes out as soon as it is whole UTF-8.
 
-    The pieces and `flush` together are the text of all tokens. A token is decoded with those before it, because many
+    The pieces and `flush` together are the text of all tokens, as long as that is valid UTF-8: some decoders turn a
+    whole run of bytes into U+FFFD once one of them is wrong, which a stream cannot know in time. A token is decoded with those before it, because many
     decoders treat the first token of a text (its leading space) in another way.
     """
 

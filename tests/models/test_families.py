@@ -1,0 +1,225 @@
+"""Every family against transformers, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from penjing import models
+from penjing.errors import BadCheckpoint, BadInput, Unsupported
+
+ROPE = {"rope_theta": 10000.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 10, "rms_norm_eps": 1e-2}),
+    "llama-linear": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 3.0}}),
+    "llama-dynamic": ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 3.0}}),
+    "llama3": (
+        "llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **{"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+            },
+        },
+    ),
+    "llama-yarn": (
+        "llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **{"rope_theta": 500.0, "rope_type": "yarn", "factor": 4.0},
+                **{"original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0},
+            },
+        },
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                **{**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+                **{"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False},
+            },
+        },
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "mistral-no-window": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+}
+RNG = np.random.default_rng(7)
+
+
+def tokens(count: int) -> np.ndarray:
+    return RNG.integers(0, 97, count)
+
+
+def expected(model: Any, ids: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids[None])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(variant: str, tiny: Any) -> None:
+    family, changes = VARIANTS[variant]
+    oracle, folder = tiny(family, **changes)
+    model = models.load(folder)
+    ids = tokens(41)
+    logits = model.forward([models.Chunk(ids, model.new_cache(64))], all_positions=True)[0]
+    np.testing.assert_allclose(logits, expected(oracle, ids), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3"])
+def test_a_batch_of_prefills_and_decodes_is_the_same_as_each_alone(variant: str, tiny: Any) -> None:
+    family, changes = VARIANTS[variant]
+    oracle, folder = tiny(family, **changes)
+    model = models.load(folder)
+    texts = [tokens(30), tokens(17), tokens(9)]
+    caches = [model.new_cache(40) for _ in texts]
+    done = [0, 0, 0]
+    # Each round gives every sequence a chunk of another size; some are prefilled while others decode.
+    for sizes in ([11, 1, 3], [1, 15, 4], [17, 1, 1], [1, 0, 1]):
+        chosen = [index for index, size in enumerate(sizes) if size]
+        chunks = [models.Chunk(texts[i][done[i] : done[i] + sizes[i]], caches[i]) for i in chosen]
+        logits = model.forward(chunks)
+        for row, index in enumerate(chosen):
+            done[index] += sizes[index]
+            right = expected(oracle, texts[index][: done[index]])[-1]
+            np.testing.assert_allclose(logits[row], right, atol=2e-4, rtol=1e-4)
+    assert done == [30, 17, 9]
+
+
+def test_truncating_a_cache_forgets_exactly_what_follows(tiny: Any) -> None:
+    oracle, folder = tiny("llama")
+    model = models.load(folder)
+    first, wrong, right = tokens(8), tokens(6), tokens(5)
+    cache = model.new_cache(32)
+    model.forward([models.Chunk(np.concatenate([first, wrong]), cache)])
+    cache.truncate(8)
+    logits = model.forward([models.Chunk(right, cache)])[0]
+    np.testing.assert_allclose(logits, expected(oracle, np.concatenate([first, right]))[-1], atol=2e-4)
+    assert cache.length == 13
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2-window"])
+def test_streaming_block_by_block_gives_the_same_logits(variant: str, tiny: Any) -> None:
+    family, changes = VARIANTS[variant]
+    oracle, folder = tiny(family, **changes)
+    stream = models.stream(folder)
+    windows = [tokens(33), tokens(33), tokens(12)]
+    x = np.empty((78, 24), np.float32)
+    stream.embed(np.concatenate(windows), x)
+    for block in stream.blocks():
+        stream.run(block, x, [33, 33, 12])
+    norm, head = stream.head()
+    logits = stream.logits(x, norm, head)
+    right = np.concatenate([expected(oracle, window) for window in windows])
+    np.testing.assert_allclose(logits, right, atol=2e-4, rtol=1e-4)
+
+
+def test_long_prefill_passes_several_rows_of_queries(tiny: Any) -> None:
+    oracle, folder = tiny("mistral", sliding_window=70, max_position_embeddings=512)
+    model = models.load(folder)
+    ids = tokens(300)
+    logits = model.forward([models.Chunk(ids, model.new_cache(300))], all_positions=True)[0]
+    np.testing.assert_allclose(logits, expected(oracle, ids), atol=3e-4, rtol=1e-4)
+
+
+def test_numbers_of_a_model(tiny: Any) -> None:
+    _, folder = tiny("llama", eos_token_id=[3, 5], bos_token_id=2, tie_word_embeddings=True)
+    model = models.load(folder)
+    config = model.config
+    assert (config.family, config.layers, config.kv_heads, config.head_dim) == ("llama", 3, 2, 6)
+    assert (config.bos_token_id, config.eos_token_ids) == (2, (3, 5))
+    assert model.kv_bytes_per_token == 2 * 3 * 2 * 6 * 4
+    assert model.new_cache(10).nbytes == 10 * model.kv_bytes_per_token
+    block = 24 * 24 * 2 + 12 * 24 * 2 + 3 * 44 * 24
+    assert model.weights_bytes == 4 * (97 * 24 + 3 * block)
+
+
+def edit(folder: Path, **changes: Any) -> Path:
+    values = json.loads((folder / "config.json").read_text())
+    values.update(changes)
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
+    return folder
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_older_names_of_rotary_settings(scaling: Any, tiny: Any) -> None:
+    parameters = {"rope_theta": 300.0, "rope_type": "linear" if scaling else "default", "factor": 2.0}
+    _, folder = tiny("llama", rope_parameters=parameters)
+    new = models.load(folder)
+    old = models.load(edit(folder, rope_parameters="absent", rope_theta=300.0, rope_scaling=scaling))
+    assert old.config == new.config
+
+
+def test_end_tokens_of_generation_config_go_first(tiny: Any) -> None:
+    _, folder = tiny("llama", eos_token_id=3)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [4, 6]}')
+    assert models.load(folder).config.eos_token_ids == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "absent"}, "model_type is missing"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"hidden_size": "24"}, "hidden_size = '24', expected a positive integer"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3, expected a divisor"),
+        ({"head_dim": 5}, "head_dim = 5, expected an even"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type = 'longrope'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fasts": 1}}, "did you mean 'beta_fast'"),
+        ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": 77.0}, "rope_theta = 77.0 contradicts"),
+        ({"rope_parameters": 3}, "rope_parameters = 3, expected an object"),
+        ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
+        ({"intermediate_size": 40}, r"mlp.gate_proj.weight has shape \(44, 24\), config.json calls for \(40, 24\)"),
+        ({"attention_bias": True}, "q_proj.bias is missing"),
+    ],
+)
+def test_bad_configurations_are_refused_by_name(changes: Any, message: str, tiny: Any) -> None:
+    _, folder = tiny("llama")
+    with pytest.raises((BadCheckpoint, Unsupported), match=message) as caught:
+        models.load(edit(folder, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_calls(tiny: Any) -> None:
+    _, folder = tiny("llama")
+    model = models.load(folder)
+    cache = model.new_cache(4)
+    with pytest.raises(BadInput, match="room for 4"):
+        model.forward([models.Chunk(tokens(5), cache)])
+    with pytest.raises(BadInput, match="outside the vocabulary of 97"):
+        model.forward([models.Chunk(np.array([97]), cache)])
+    with pytest.raises(BadInput, match="one or more"):
+        model.forward([models.Chunk(tokens(0), cache)])
+    with pytest.raises(BadInput, match="capacity=65"):
+        model.new_cache(65)
+    with pytest.raises(BadInput, match=r"truncate\(1\)"):
+        cache.truncate(1)
+    assert cache.length == 0

@@ -73,8 +73,8 @@ class Detokenizer:
     """Text piece by piece: what was pushed comes out as soon as it is whole UTF-8.
 
     The pieces and `flush` together are the text of all tokens, as long as that is valid UTF-8: some decoders turn a
-    whole run of bytes into U+FFFD once one of them is wrong, which a stream cannot know in time. A token is decoded with those before it, because many
-    decoders treat the first token of a text (its leading space) in another way.
+    whole run of bytes into U+FFFD once one of them is wrong, which a stream cannot know in time. A token is decoded
+    with those before it, because many decoders treat the first token of a text (its leading space) in another way.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:

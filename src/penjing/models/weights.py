@@ -14,7 +14,7 @@ from .layers import Array, Block, LinearLayer
 def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Every tensor that the model needs is there, or BadCheckpoint names the first that is not."""
     names = set(checkpoint.names)
-    present = {name.rpartition(".")[0] for name in names}
+    present = {name.rpartition(".weight")[0] for name in names}
     biases = [
         f"{config.block(index)}.{each.name}.bias"
         for index in range(config.layers)

@@ -12,10 +12,10 @@ from pathlib import Path
 from .. import kernels
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadCheckpoint, Unsupported, nearest
-from .config import ModelConfig, read_json
+from .config import ModelConfig, read_object
 from .model import Chunk, KVCache, Model
 from .stream import Stream
-from .weights import check_names
+from .weights import check_tensors
 
 __all__ = ["FAMILIES", "Chunk", "KVCache", "Model", "ModelConfig", "Stream", "load", "read_config", "stream"]
 
@@ -37,9 +37,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         )
     values = dict(checkpoint.config)
     # What generation stops at is decided by generation_config.json where it says anything.
-    generation = read_json(Path(checkpoint.path) / "generation_config.json", missing={})
-    if generation.get("eos_token_id") is not None:
-        values["eos_token_id"] = generation["eos_token_id"]
+    if (ends := read_object(checkpoint.path / "generation_config.json").get("eos_token_id")) is not None:
+        values["eos_token_id"] = ends
     config: ModelConfig = importlib.import_module(f".{family}", __name__).read(values, where)
     return config
 
@@ -52,7 +51,7 @@ def load(model: str | Path | Checkpoint, *, threads: int | None = None) -> Model
     """A whole model in memory. ``threads``: for the kernels of this process; all cores by default."""
     checkpoint = _open(model)
     config = read_config(checkpoint)
-    check_names(checkpoint, config)
+    check_tensors(checkpoint, config)
     if threads is not None:
         kernels.set_threads(threads)
     return Model(checkpoint, config)
@@ -62,5 +61,5 @@ def stream(model: str | Path | Checkpoint) -> Stream:
     """A model whose blocks are in memory one at a time."""
     checkpoint = _open(model)
     config = read_config(checkpoint)
-    check_names(checkpoint, config)
+    check_tensors(checkpoint, config)
     return Stream(checkpoint, config)

@@ -5,12 +5,12 @@ A family's file (``llama.py``, …) reads its ``config.json`` into a `ModelConfi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic import read_json
 from ..errors import BadCheckpoint, Unsupported
 from .rope import Rope, read_rope
 
@@ -90,13 +90,19 @@ class ModelConfig:
         """The prefix of a block's tensors."""
         return f"model.layers.{index}"
 
-    @property
-    def modules(self) -> list[str]:
-        """Every module that has a weight, in the order in which the model computes."""
-        names = [EMBEDDING]
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor, in the order in which the model computes."""
+        yield f"{EMBEDDING}.weight", (self.vocab_size, self.hidden)
         for index in range(self.layers):
-            names += [f"{self.block(index)}.{name}" for name in (*self.norms, *(each.name for each in self.linears))]
-        return [*names, FINAL_NORM] + ([] if self.tied_embeddings else [HEAD])
+            for norm, size in self.norms.items():
+                yield f"{self.block(index)}.{norm}.weight", (size,)
+            for linear in self.linears:
+                yield f"{self.block(index)}.{linear.name}.weight", linear.shape
+                if linear.bias:
+                    yield f"{self.block(index)}.{linear.name}.bias", linear.shape[:1]
+        yield f"{FINAL_NORM}.weight", (self.hidden,)
+        if not self.tied_embeddings:
+            yield f"{HEAD}.weight", (self.vocab_size, self.hidden)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -227,14 +233,9 @@ def window_per_layer(read: Reader, default_layers: int) -> tuple[int | None, ...
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def read_json(file: Path, missing: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object from a file, or ``missing`` if there is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return missing
-    except ValueError as error:
-        raise BadCheckpoint(f"{file}: {error}") from None
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is not there; BadCheckpoint if it is something else."""
+    values = read_json(file, BadCheckpoint) if file.exists() else {}
     if not isinstance(values, dict):
-        raise BadCheckpoint(f"{file}: an object is expected, found {type(values).__name__}")
+        raise BadCheckpoint(f"{file}: not an object")
     return values

@@ -26,7 +26,9 @@ QUERY_ROWS = 128
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / √(mean(x²) + eps) · weight over the last axis.  Zhang and Sennrich, arXiv 1910.07467."""
     mean_square = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
-    return x * (1 / np.sqrt(mean_square + np.float32(eps))) * weight
+    normed: Array = x * (1 / np.sqrt(mean_square + np.float32(eps)))
+    normed *= weight
+    return normed
 
 
 def silu(x: Array) -> Array:

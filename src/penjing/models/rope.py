@@ -88,8 +88,7 @@ def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _number(values: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
-    value = values.get(key)
-    value = default if value is None else value
+    value: Any = default if values.get(key) is None else values[key]
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise BadCheckpoint(
             f"{where}: {key} of the rotary positions is {values.get(key)!r}, expected a positive number"
@@ -102,7 +101,8 @@ def _llama3(frequencies: NDArray[Any], values: Mapping[str, Any], original: floa
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     keep = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (keep + (1 - keep) / values["factor"])
+    slowed: NDArray[Any] = frequencies * (keep + (1 - keep) / values["factor"])
+    return slowed
 
 
 def _yarn(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..errors import BadCheckpoint, BadInput
 from .chat import ChatTemplate, read_template
-from .config import read_json
+from .config import read_object
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -26,7 +26,7 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        self.config = read_json(folder / "tokenizer_config.json", missing={})
+        self.config = read_object(folder / "tokenizer_config.json")
         try:
             self.backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception for every fault
@@ -34,7 +34,7 @@ class Tokenizer:
             raise BadCheckpoint(f"{folder}/tokenizer.json: {reason}; a tokenizers-format file is needed") from None
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.special_tokens = _special_tokens(self.config, read_json(folder / "special_tokens_map.json", missing={}))
+        self.special_tokens = _special_tokens(self.config, read_object(folder / "special_tokens_map.json"))
         self.chat_template: ChatTemplate | None = read_template(folder, self.config)
 
     @property

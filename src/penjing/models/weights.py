@@ -11,20 +11,17 @@ from .config import EMBEDDING, FINAL_NORM, HEAD, Linear, ModelConfig
 from .layers import Array, Block, LinearLayer
 
 
-def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Every tensor that the model needs is there, or BadCheckpoint names the first that is not."""
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Every tensor that the model needs is there, or BadCheckpoint names the first that is not.
+
+    Shapes are compared too, except those of packed weights, which are only known once they are read.
+    """
     names = set(checkpoint.names)
-    present = {name.rpartition(".weight")[0] for name in names}
-    biases = [
-        f"{config.block(index)}.{each.name}.bias"
-        for index in range(config.layers)
-        for each in config.linears
-        if each.bias
-    ]
-    missing = [f"{module}.weight" for module in config.modules if module not in present]
-    missing += [name for name in biases if name not in names]
-    if missing:
-        raise BadCheckpoint(f"{checkpoint.path}: tensor {missing[0]} is missing; config.json calls for it")
+    for name, shape in config.tensors():
+        if name not in names:
+            raise BadCheckpoint(f"{checkpoint.path}: tensor {name} is missing; config.json calls for it")
+        if name in checkpoint.infos and checkpoint.infos[name].shape != shape:
+            raise _wrong_shape(checkpoint, name, checkpoint.infos[name].shape, shape)
 
 
 def _wrong_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], right: tuple[int, ...]) -> BadCheckpoint:

@@ -6,6 +6,8 @@ The verbs are loaded when first used, so that ``import penjing`` stays fast and 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -21,6 +23,17 @@ _VERBS = {
     "save": "penjing.modules",
 }
 __all__ = ["__version__", *_VERBS]
+
+
+class _Package(ModuleType):
+    """This package: importing the module ``penjing.evaluate`` does not hide the verb of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _VERBS or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

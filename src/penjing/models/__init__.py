@@ -14,7 +14,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadCheckpoint, Unsupported, nearest
 from .config import ModelConfig, read_object
 from .model import Chunk, KVCache, Model
-from .stream import Stream
+from .streaming import Stream
 from .weights import check_tensors
 
 __all__ = ["FAMILIES", "Chunk", "KVCache", "Model", "ModelConfig", "Stream", "load", "read_config", "stream"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -36,10 +36,10 @@ class Stream:
         for index in range(self.config.layers):
             yield load_block(self.checkpoint, self.config, index)
 
-    def run(self, block: Block, x: Array, sizes: Sequence[int]) -> None:
+    def run(self, block: Block, x: Array, sizes: Sequence[int], done: Callable[[int], None] | None = None) -> None:
         """Replace x (Σ sizes, hidden), windows of the given sizes one after another, by what the block makes of it.
 
-        Every window starts at position 0 and sees only itself.
+        Every window starts at position 0 and sees only itself. ``done`` is told how many windows more are computed.
         """
         start = 0
         for batch in _batches(sizes):
@@ -48,6 +48,8 @@ class Stream:
             cos, sin = self.config.rope.table(positions)
             x[start:end] = block(np.ascontiguousarray(x[start:end]), cos, sin, partial(_attend, batch, block.window))
             start = end
+            if done is not None:
+                done(len(batch))
 
     def head(self) -> tuple[Array, Matrix]:
         """The last norm (hidden,) and the matrix (vocabulary, hidden) of the logits."""

@@ -68,8 +68,7 @@ def _sum_by(values: NDArray[np.float64], clusters: ArrayLike | None) -> NDArray[
     labels: NDArray[Any] = np.asarray(clusters)
     if labels.shape != values.shape:
         raise BadInput(f"clusters has shape {labels.shape}: one label for each of {values.size} samples is needed")
-    sums: NDArray[np.float64] = np.bincount(np.unique(labels, return_inverse=True)[1], weights=values)
-    return sums
+    return np.bincount(np.unique(labels, return_inverse=True)[1], weights=values).astype(np.float64)
 
 
 def t_quantile_975(freedom: int) -> float:

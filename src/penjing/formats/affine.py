@@ -69,7 +69,7 @@ class Grid:
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Codes, steps and zero points, over the number of weights."""
         steps = 1 if self.group_size == PER_TENSOR else rows * self.groups(columns)
-        step_bits = np.dtype(SCALE_DTYPES[self.scale_dtype]).itemsize * 8
+        step_bits: int = np.dtype(SCALE_DTYPES[self.scale_dtype]).itemsize * 8
         return self.bits + steps * (step_bits + (0 if self.symmetric else self.bits)) / (rows * columns)
 
 
@@ -89,7 +89,8 @@ class AffineTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape  # type: ignore[return-value]
+        rows, columns = self.codes.shape
+        return rows, columns
 
     def decode(self) -> NDArray[np.float32]:
         """The numbers that the codes stand for: float32 (out, in)."""
@@ -135,7 +136,8 @@ def encode(
     codes = _grouped(weight, steps) * (np.float32(1) / steps)[..., None]
     if zero_point is not None:
         codes += np.broadcast_to(zero_point, steps.shape)[..., None]
-    return np.clip(np.rint(codes), grid.qmin, grid.qmax).astype(np.int8).reshape(weight.shape)
+    rounded: NDArray[np.int8] = np.clip(np.rint(codes), grid.qmin, grid.qmax).astype(np.int8)
+    return rounded.reshape(weight.shape)
 
 
 def decode(

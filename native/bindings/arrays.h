@@ -27,24 +27,22 @@ inline std::string shape_text(const int64_t *shape, size_t dims) {
   return text + ")";
 }
 
-template <class T> const char *type_name() {
+template <class T>
+const char *type_name() {
   const nb::dlpack::dtype type = nb::dtype<T>();
   if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float))
     return "float32";
   const bool sign = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Int);
   switch (type.bits) {
-  case 8:
-    return sign ? "int8" : "uint8";
-  case 16:
-    return sign ? "int16" : "uint16";
-  case 32:
-    return sign ? "int32" : "uint32";
-  default:
-    return sign ? "int64" : "uint64";
+  case 8: return sign ? "int8" : "uint8";
+  case 16: return sign ? "int16" : "uint16";
+  case 32: return sign ? "int32" : "uint32";
+  default: return sign ? "int64" : "uint64";
   }
 }
 
-template <class Array> bool contiguous(const Array &array) {
+template <class Array>
+bool contiguous(const Array &array) {
   int64_t expected = 1;
   for (size_t i = array.ndim(); i-- > 0;) {
     if (array.shape(i) != 1 && array.stride(i) != expected)
@@ -55,7 +53,8 @@ template <class Array> bool contiguous(const Array &array) {
 }
 
 // The array's memory; throws ValueError unless it is a contiguous array of T, on the CPU, of that shape.
-template <class T, class Array> auto checked(const Array &array, const char *what, const int64_t *shape, size_t dims) {
+template <class T, class Array>
+auto checked(const Array &array, const char *what, const int64_t *shape, size_t dims) {
   bool fits = array.dtype() == nb::dtype<T>() && array.ndim() == dims &&
               array.device_type() == nb::device::cpu::value && contiguous(array);
   for (size_t i = 0; fits && i < dims; ++i)
@@ -77,12 +76,14 @@ auto checked(const Array &array, const char *what, std::initializer_list<int64_t
   return checked<T>(array, what, shape.begin(), shape.size());
 }
 
-template <class T> const T *checked(const MaybeIn &array, const char *what, std::initializer_list<int64_t> shape) {
+template <class T>
+const T *checked(const MaybeIn &array, const char *what, std::initializer_list<int64_t> shape) {
   return array ? checked<T>(*array, what, shape) : nullptr;
 }
 
 // A new numpy array, uninitialised, and its memory.
-template <class T> nb::object numpy_array(const size_t *shape, size_t dims, T **data) {
+template <class T>
+nb::object numpy_array(const size_t *shape, size_t dims, T **data) {
   int64_t size = 1;
   for (size_t i = 0; i < dims; ++i)
     size *= static_cast<int64_t>(shape[i]);

@@ -19,7 +19,8 @@ Float float_type(const In &bits, bool bfloat16) {
   return bits.dtype() == nb::dtype<uint32_t>() ? Float::f32 : bfloat16 ? Float::bf16 : Float::f16;
 }
 
-template <class Array> auto float_bits(const Array &bits, std::initializer_list<int64_t> shape) {
+template <class Array>
+auto float_bits(const Array &bits, std::initializer_list<int64_t> shape) {
   if (bits.dtype() == nb::dtype<uint32_t>())
     return static_cast<decltype(bits.data())>(checked<uint32_t>(bits, "weight", shape));
   return static_cast<decltype(bits.data())>(checked<uint16_t>(bits, "weight", shape));

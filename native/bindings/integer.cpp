@@ -113,7 +113,8 @@ struct Sizes {
   size_t output[5]; // n, channels, spatial
 };
 
-template <class T> const T *conv_input(const Conv &conv, const In &x, Sizes &sizes) {
+template <class T>
+const T *conv_input(const Conv &conv, const In &x, Sizes &sizes) {
   const int64_t shape[] = {any, conv.layer.shape.inputs, any, any, any};
   const T *from = checked<T>(x, "x", shape, conv.dims + 2);
   sizes.input = {1, 1, 1};

@@ -25,12 +25,9 @@ struct Fitter {
 
   float stored(float scale) const {
     switch (scale_type) {
-    case Float::bf16:
-      return from_bf16(to_bf16(scale));
-    case Float::f16:
-      return from_f16(to_f16(scale));
-    default:
-      return scale;
+    case Float::bf16: return from_bf16(to_bf16(scale));
+    case Float::f16: return from_f16(to_f16(scale));
+    default: return scale;
     }
   }
 
@@ -57,7 +54,8 @@ const float *row_of(const WeightView &w, int64_t row) {
   return out;
 }
 
-template <class Row> void each_row(const WeightView &w, Row &&row) {
+template <class Row>
+void each_row(const WeightView &w, Row &&row) {
   const int64_t block = std::max<int64_t>(1, some_weights / std::max<int64_t>(w.columns, 1));
   parallel_for((w.rows + block - 1) / block, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(w.rows, (task + 1) * block); ++r)

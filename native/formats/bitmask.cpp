@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t some_values = 1 << 16; // a task's worth
 
-template <class Row> void each_row(int64_t rows, int64_t columns, Row &&row) {
+template <class Row>
+void each_row(int64_t rows, int64_t columns, Row &&row) {
   const int64_t block = std::max<int64_t>(1, some_values / std::max<int64_t>(columns, 1));
   parallel_for((rows + block - 1) / block, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); ++r)

@@ -29,7 +29,8 @@ void unpack_row(const int32_t *packed, int64_t columns, int bits, int8_t *codes)
   std::copy_n(eight, columns - whole, codes + whole);
 }
 
-template <class Row> void each_row(int64_t rows, int64_t columns, Row &&row) {
+template <class Row>
+void each_row(int64_t rows, int64_t columns, Row &&row) {
   const int64_t block = std::max<int64_t>(1, some_codes / std::max<int64_t>(columns, 1));
   parallel_for((rows + block - 1) / block, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(rows, (task + 1) * block); ++r)

@@ -17,7 +17,8 @@ uint32_t magnitude(uint16_t bits) { return bits & 0x7fffu; }
 uint32_t magnitude(uint32_t bits) { return bits & 0x7fffffffu; }
 
 // The bucket in which the count-th smallest key lies; count becomes its rank within the bucket.
-template <class T, class Key> uint32_t bucket_of(const T *values, int64_t n, int64_t &count, Key &&key) {
+template <class T, class Key>
+uint32_t bucket_of(const T *values, int64_t n, int64_t &count, Key &&key) {
   const int64_t tasks = std::min<int64_t>((n + block - 1) / block, threads());
   const int64_t each = (n + tasks - 1) / tasks;
   std::vector<int64_t> counts(static_cast<size_t>(tasks * buckets));
@@ -50,7 +51,8 @@ uint32_t select(const uint32_t *values, int64_t n, int64_t &count) {
 }
 
 // A short run: a partial sort of magnitude and place.
-template <class T> void prune_run(T *values, int64_t n, int64_t count) {
+template <class T>
+void prune_run(T *values, int64_t n, int64_t count) {
   struct Order;
   auto *keys = scratch<uint64_t, Order>(n);
   for (int64_t i = 0; i < n; ++i)
@@ -62,7 +64,8 @@ template <class T> void prune_run(T *values, int64_t n, int64_t count) {
 }
 
 // A small pattern such as 2 of 4: the smallest, `count` times.
-template <class T> void prune_few(T *values, int64_t n, int64_t count) {
+template <class T>
+void prune_few(T *values, int64_t n, int64_t count) {
   bool gone[16] = {};
   for (; count > 0; --count) {
     int64_t least = -1;
@@ -74,7 +77,8 @@ template <class T> void prune_few(T *values, int64_t n, int64_t count) {
   }
 }
 
-template <class T> void prune_whole(T *values, int64_t n, int64_t count) {
+template <class T>
+void prune_whole(T *values, int64_t n, int64_t count) {
   int64_t equal = count; // how many of those at the threshold go
   const uint32_t threshold = select(values, n, equal);
   const int64_t tasks = (n + block - 1) / block;
@@ -95,7 +99,8 @@ template <class T> void prune_whole(T *values, int64_t n, int64_t count) {
   });
 }
 
-template <class T> void prune_typed(T *values, int64_t parts, int64_t n, int64_t count) {
+template <class T>
+void prune_typed(T *values, int64_t parts, int64_t n, int64_t count) {
   if (count == 0 || n == 0)
     return;
   if (parts == 1)

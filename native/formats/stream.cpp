@@ -131,7 +131,8 @@ bool has_nonfinite(const void *x, Float type, int64_t n) {
 
 namespace {
 
-template <class T> int64_t compress_row(const T *row, int64_t n, T significant, uint8_t *bitmask, T *kept) {
+template <class T>
+int64_t compress_row(const T *row, int64_t n, T significant, uint8_t *bitmask, T *kept) {
   T *const begin = kept;
   int64_t i = 0;
 #if defined(__AVX512VNNI__)
@@ -165,7 +166,8 @@ template <class T> int64_t compress_row(const T *row, int64_t n, T significant, 
   return kept - begin;
 }
 
-template <class T> int64_t expand_row(const T *kept, const uint8_t *bitmask, int64_t n, T *row) {
+template <class T>
+int64_t expand_row(const T *kept, const uint8_t *bitmask, int64_t n, T *row) {
   const T *const begin = kept;
   int64_t i = 0;
 #if defined(__AVX512VNNI__)
@@ -208,12 +210,9 @@ int64_t compress(const void *row, int64_t n, int width, uint32_t significant, ui
 
 int64_t expand(const void *kept, const uint8_t *bitmask, int64_t n, int width, void *row) {
   switch (width) {
-  case 1:
-    return expand_row(static_cast<const uint8_t *>(kept), bitmask, n, static_cast<uint8_t *>(row));
-  case 2:
-    return expand_row(static_cast<const uint16_t *>(kept), bitmask, n, static_cast<uint16_t *>(row));
-  default:
-    return expand_row(static_cast<const uint32_t *>(kept), bitmask, n, static_cast<uint32_t *>(row));
+  case 1: return expand_row(static_cast<const uint8_t *>(kept), bitmask, n, static_cast<uint8_t *>(row));
+  case 2: return expand_row(static_cast<const uint16_t *>(kept), bitmask, n, static_cast<uint16_t *>(row));
+  default: return expand_row(static_cast<const uint32_t *>(kept), bitmask, n, static_cast<uint32_t *>(row));
   }
 }
 

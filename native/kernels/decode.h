@@ -7,12 +7,14 @@
 
 namespace penjing::PENJING_ISA {
 
-template <int n> struct Constant {
+template <int n>
+struct Constant {
   static constexpr int value = n;
 };
 
 // Calls use(Constant<0>{}), …, use(Constant<n − 1>{}).
-template <int n, class Use> PENJING_INLINE void unroll(Use &&use) {
+template <int n, class Use>
+PENJING_INLINE void unroll(Use &&use) {
   if constexpr (n > 0) {
     unroll<n - 1>(use);
     use(Constant<n - 1>{});
@@ -20,38 +22,47 @@ template <int n, class Use> PENJING_INLINE void unroll(Use &&use) {
 }
 
 // One a code: block(p, use) decodes the sixteen columns at p, calls use(column, value), and returns what follows.
-template <Code code> struct Dense;
+template <Code code>
+struct Dense;
 
-template <> struct Dense<Code::f32> {
+template <>
+struct Dense<Code::f32> {
   static constexpr int64_t bytes = 16 * lanes * 4;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, load(reinterpret_cast<const float *>(p) + k.value * lanes));
     });
   }
 };
 
-template <> struct Dense<Code::bf16> {
+template <>
+struct Dense<Code::bf16> {
   static constexpr int64_t bytes = 16 * lanes * 2;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, from_bf16(reinterpret_cast<const uint16_t *>(p) + k.value * lanes));
     });
   }
 };
 
-template <> struct Dense<Code::f16> {
+template <>
+struct Dense<Code::f16> {
   static constexpr int64_t bytes = 16 * lanes * 2;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, from_f16(reinterpret_cast<const uint16_t *>(p) + k.value * lanes));
     });
   }
 };
 
-template <> struct Dense<Code::int8> {
+template <>
+struct Dense<Code::int8> {
   static constexpr int64_t bytes = 16 * lanes;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, from_int8(reinterpret_cast<const int8_t *>(p) + k.value * lanes));
     });
@@ -59,9 +70,11 @@ template <> struct Dense<Code::int8> {
 };
 
 // A lane has eight columns' codes of one row, the first in the lowest bits.
-template <> struct Dense<Code::int4> {
+template <>
+struct Dense<Code::int4> {
   static constexpr int64_t bytes = 16 * lanes / 2;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     const I16 packed[2] = {iload(p), iload(p + 64)};
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, penjing::PENJING_ISA::code<4, 4 * (k.value % 8)>(packed[k.value / 8]));
@@ -70,9 +83,11 @@ template <> struct Dense<Code::int4> {
 };
 
 // The same with 24 bits a lane, their bytes in three planes.
-template <> struct Dense<Code::int3> {
+template <>
+struct Dense<Code::int3> {
   static constexpr int64_t bytes = 16 * lanes * 3 / 8;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     const auto half = [](const uint8_t *q) {
       return ior(iload_bytes(q), ior(shift_left<8>(iload_bytes(q + 16)), shift_left<16>(iload_bytes(q + 32))));
     };
@@ -83,9 +98,11 @@ template <> struct Dense<Code::int3> {
   }
 };
 
-template <> struct Dense<Code::int2> {
+template <>
+struct Dense<Code::int2> {
   static constexpr int64_t bytes = 16 * lanes / 4;
-  template <class Use> static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
     const I16 packed = iload(p);
     unroll<16>([&](auto k)
                    __attribute__((always_inline)) { use(k, penjing::PENJING_ISA::code<2, 2 * k.value>(packed)); });
@@ -93,10 +110,13 @@ template <> struct Dense<Code::int2> {
 };
 
 // Sparse: only what the mask has, spread over the lanes in registers. block() moves p past what it took.
-template <Code code> struct Sparse;
+template <Code code>
+struct Sparse;
 
-template <> struct Sparse<Code::f32> {
-  template <class Use> static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
+template <>
+struct Sparse<Code::f32> {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     unroll<16>([&](auto k) __attribute__((always_inline)) {
       use(k, expand_floats(reinterpret_cast<const float *>(p), mask[k.value]));
       p += 4 * __builtin_popcount(mask[k.value]);
@@ -104,7 +124,8 @@ template <> struct Sparse<Code::f32> {
   }
 };
 
-template <class Decode> PENJING_INLINE void expand_half_floats(const uint8_t *&p, const uint16_t *mask, Decode &&use) {
+template <class Decode>
+PENJING_INLINE void expand_half_floats(const uint8_t *&p, const uint16_t *mask, Decode &&use) {
   unroll<16>([&](auto k) __attribute__((always_inline)) {
     alignas(32) uint16_t words[lanes];
     expand_words(reinterpret_cast<const uint16_t *>(p), mask[k.value], words);
@@ -113,15 +134,19 @@ template <class Decode> PENJING_INLINE void expand_half_floats(const uint8_t *&p
   });
 }
 
-template <> struct Sparse<Code::bf16> {
-  template <class Use> static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
+template <>
+struct Sparse<Code::bf16> {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     expand_half_floats(p, mask,
                        [&](auto k, const uint16_t *w) __attribute__((always_inline)) { use(k, from_bf16(w)); });
   }
 };
 
-template <> struct Sparse<Code::f16> {
-  template <class Use> static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
+template <>
+struct Sparse<Code::f16> {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     expand_half_floats(p, mask, [&](auto k, const uint16_t *w) __attribute__((always_inline)) { use(k, from_f16(w)); });
   }
 };
@@ -132,8 +157,10 @@ PENJING_INLINE uint64_t four_columns(const uint16_t *mask) {
   return bits;
 }
 
-template <> struct Sparse<Code::int8> {
-  template <class Use> static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
+template <>
+struct Sparse<Code::int8> {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     unroll<4>([&](auto quarter) __attribute__((always_inline)) {
       alignas(64) int8_t codes[64];
       const uint64_t bits = four_columns(mask + 4 * quarter.value);
@@ -147,8 +174,10 @@ template <> struct Sparse<Code::int8> {
 };
 
 // Kept nibbles follow each other; each four columns begin at a whole byte.
-template <> struct Sparse<Code::int4> {
-  template <class Use> static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
+template <>
+struct Sparse<Code::int4> {
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     unroll<4>([&](auto quarter) __attribute__((always_inline)) {
       alignas(64) int8_t codes[64];
       const uint64_t bits = four_columns(mask + 4 * quarter.value);
@@ -162,7 +191,8 @@ template <> struct Sparse<Code::int4> {
 };
 
 // Walks along one panel.
-template <Code code_, bool sparse, bool affine> struct Decoder {
+template <Code code_, bool sparse, bool affine>
+struct Decoder {
   const FloatWeight &w;
   int64_t panel, group_size;
   const uint8_t *p;
@@ -187,7 +217,8 @@ template <Code code_, bool sparse, bool affine> struct Decoder {
   }
 
   // use(column, code − zero point) for the next sixteen columns.
-  template <class Use> PENJING_INLINE void block(Use &&use) {
+  template <class Use>
+  PENJING_INLINE void block(Use &&use) {
     if constexpr (sparse) {
       const uint16_t *bits = mask;
       Sparse<code_>::block(p, bits, [&](auto k, F16 v) __attribute__((always_inline)) {
@@ -211,11 +242,13 @@ template <Code code_, bool sparse, bool affine> struct Decoder {
   }
 };
 
-template <class D> struct Kind {
+template <class D>
+struct Kind {
   using Decoder = D;
 };
 
-template <Code code, bool sparse, class Use> PENJING_INLINE void with_code(const FloatWeight &w, Use &&use) {
+template <Code code, bool sparse, class Use>
+PENJING_INLINE void with_code(const FloatWeight &w, Use &&use) {
   if constexpr (code <= Code::f16)
     use(Kind<Decoder<code, sparse, false>>{});
   else if (w.zero_point)
@@ -225,22 +258,16 @@ template <Code code, bool sparse, class Use> PENJING_INLINE void with_code(const
 }
 
 // Calls use with the decoder of the weight's code.
-template <class Use> PENJING_INLINE void with_decoder(const FloatWeight &w, Use &&use) {
+template <class Use>
+PENJING_INLINE void with_decoder(const FloatWeight &w, Use &&use) {
   switch (w.code) {
-  case Code::f32:
-    return w.mask ? with_code<Code::f32, true>(w, use) : with_code<Code::f32, false>(w, use);
-  case Code::bf16:
-    return w.mask ? with_code<Code::bf16, true>(w, use) : with_code<Code::bf16, false>(w, use);
-  case Code::f16:
-    return w.mask ? with_code<Code::f16, true>(w, use) : with_code<Code::f16, false>(w, use);
-  case Code::int8:
-    return w.mask ? with_code<Code::int8, true>(w, use) : with_code<Code::int8, false>(w, use);
-  case Code::int4:
-    return w.mask ? with_code<Code::int4, true>(w, use) : with_code<Code::int4, false>(w, use);
-  case Code::int3:
-    return with_code<Code::int3, false>(w, use);
-  case Code::int2:
-    return with_code<Code::int2, false>(w, use);
+  case Code::f32: return w.mask ? with_code<Code::f32, true>(w, use) : with_code<Code::f32, false>(w, use);
+  case Code::bf16: return w.mask ? with_code<Code::bf16, true>(w, use) : with_code<Code::bf16, false>(w, use);
+  case Code::f16: return w.mask ? with_code<Code::f16, true>(w, use) : with_code<Code::f16, false>(w, use);
+  case Code::int8: return w.mask ? with_code<Code::int8, true>(w, use) : with_code<Code::int8, false>(w, use);
+  case Code::int4: return w.mask ? with_code<Code::int4, true>(w, use) : with_code<Code::int4, false>(w, use);
+  case Code::int3: return with_code<Code::int3, false>(w, use);
+  case Code::int2: return with_code<Code::int2, false>(w, use);
   }
 }
 

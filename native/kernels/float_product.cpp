@@ -24,7 +24,8 @@ PENJING_INLINE int lanes_of(const FloatWeight &w, int64_t panel) {
 PENJING_INLINE void write(float *y, F16 v, int n) { n == lanes ? store(y, v) : store(y, v, n); }
 
 // A few rows: one pass over the panel, sums in registers, a step applied once a group.
-template <class Decoder, int rows> void few(const FloatProduct &p, int64_t panel, int64_t row) {
+template <class Decoder, int rows>
+void few(const FloatProduct &p, int64_t panel, int64_t row) {
   constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1; // independent sums hide the latency of an addition
   const FloatWeight &w = *p.weight;
   const float *x = p.x + row * w.columns;

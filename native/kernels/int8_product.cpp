@@ -16,7 +16,8 @@ constexpr int tile_rows = 4, tile_panels = 1;
 constexpr int narrow_rows = 8; // a tile of a single panel
 
 // The rows of a tile: where each begins, and where its quads are.
-template <int rows> struct Rows {
+template <int rows>
+struct Rows {
   const uint8_t *begin[rows];
   const int32_t *quad_offset;
 
@@ -61,7 +62,8 @@ PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t p
 }
 
 // Σ x of each row, in every lane.
-template <int rows> void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
+template <int rows>
+void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
   alignas(64) int8_t ones[64];
   std::memset(ones, 1, sizeof ones);
   const Quads one = quads(ones);
@@ -108,7 +110,8 @@ PENJING_INLINE void finish(const Int8Product &p, int64_t panel, int64_t row, I16
   scatter(p.y + at, values, n, p.output_stride);
 }
 
-template <int rows, int panels> void tile(const Int8Product &p, int64_t panel, int64_t row) {
+template <int rows, int panels>
+void tile(const Int8Product &p, int64_t panel, int64_t row) {
   const Int8Weight &w = *p.weight;
   const Rows<rows> x(p, row);
   I16 sum[rows][panels], x_sum[rows];
@@ -128,7 +131,8 @@ template <int rows, int panels> void tile(const Int8Product &p, int64_t panel, i
       finish(p, panel + i, row + r, sum[r][i], x_sum[r]);
 }
 
-template <int rows, int panels> void tiles(const Int8Product &p, int64_t panel, int64_t row, int64_t row_end) {
+template <int rows, int panels>
+void tiles(const Int8Product &p, int64_t panel, int64_t row, int64_t row_end) {
   for (; row + rows <= row_end; row += rows)
     tile<rows, panels>(p, panel, row);
   if constexpr (rows > 1)

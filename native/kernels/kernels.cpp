@@ -6,7 +6,8 @@
 
 namespace penjing {
 
-template <class Pointer> using Function = std::remove_pointer_t<Pointer>;
+template <class Pointer>
+using Function = std::remove_pointer_t<Pointer>;
 
 // The functions of one instruction set, compiled with it (see CMakeLists.txt).
 #define PENJING_TABLE(isa)                                                                                             \
@@ -40,12 +41,9 @@ const Kernels &kernels() {
   static const Kernels &chosen = [&]() -> const Kernels & {
 #if defined(__x86_64__)
     switch (active_isa()) {
-    case Isa::avx512_vnni:
-      return avx512_vnni::table;
-    case Isa::avx2:
-      return avx2::table;
-    default:
-      break;
+    case Isa::avx512_vnni: return avx512_vnni::table;
+    case Isa::avx2: return avx2::table;
+    default: break;
     }
 #endif
     return scalar::table;

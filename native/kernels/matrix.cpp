@@ -33,7 +33,8 @@ struct PanelSource {
   int64_t columns() const { return groups * padded_group; }
 
   // Calls set(column, lane, source index) for every true value of the panel.
-  template <class Set> void each(int64_t panel, Set &&set) const {
+  template <class Set>
+  void each(int64_t panel, Set &&set) const {
     const int64_t true_columns = groups * group;
     for (int lane = 0; lane < lanes && panel * lanes + lane < rows; ++lane)
       for (int64_t g = 0; g < groups; ++g)
@@ -72,7 +73,8 @@ public:
   }
 
   // T: float or uint16_t by the code.
-  template <class T> void pack_floats(const T *values, bool sparse) {
+  template <class T>
+  void pack_floats(const T *values, bool sparse) {
     const T magnitude = static_cast<T>(~(T{1} << (8 * sizeof(T) - 1)));
     const int64_t size = weight_.columns * lanes;
     const auto fill = [&](int64_t panel, T *out) {
@@ -182,7 +184,8 @@ private:
     return out;
   }
 
-  template <class Fill> void dense(int64_t panel_bytes, Fill &&fill) {
+  template <class Fill>
+  void dense(int64_t panel_bytes, Fill &&fill) {
     values_ = Buffer<uint8_t>(panels() * panel_bytes);
     weight_.values = values_.data();
     weight_.panel_bytes = panel_bytes;
@@ -190,7 +193,8 @@ private:
   }
 
   // keep(panel, mask, out) writes a panel's mask and kept values, and returns how many bytes these are.
-  template <class Keep> void pack_sparse(Keep &&keep) {
+  template <class Keep>
+  void pack_sparse(Keep &&keep) {
     mask_ = Buffer<uint16_t>(panels() * weight_.columns);
     std::fill(mask_.begin(), mask_.end(), uint16_t{0});
     std::vector<std::vector<uint8_t>> kept(static_cast<size_t>(panels()));

@@ -62,7 +62,10 @@ PENJING_INLINE I16 iadd(I16 a, I16 b) { return _mm512_add_epi32(a, b); }
 PENJING_INLINE I16 isub(I16 a, I16 b) { return _mm512_sub_epi32(a, b); }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return _mm512_mullo_epi32(a, b); }
 PENJING_INLINE I16 ior(I16 a, I16 b) { return _mm512_or_si512(a, b); }
-template <int n> PENJING_INLINE I16 shift_left(I16 v) { return _mm512_slli_epi32(v, n); }
+template <int n>
+PENJING_INLINE I16 shift_left(I16 v) {
+  return _mm512_slli_epi32(v, n);
+}
 PENJING_INLINE F16 to_float(I16 v) { return _mm512_cvtepi32_ps(v); }
 PENJING_INLINE I16 round(F16 v) { return _mm512_cvtps_epi32(v); } // to nearest, ties to even
 PENJING_INLINE void store_int8(int8_t *p, I16 v) {
@@ -73,7 +76,8 @@ PENJING_INLINE void store_int8(int8_t *p, I16 v, int n) {
 }
 
 // The code in bits [shift, shift + bits) of each lane, less 2^(bits − 1): one look-up in a register.
-template <int bits, int shift> PENJING_INLINE F16 code(I16 v) {
+template <int bits, int shift>
+PENJING_INLINE F16 code(I16 v) {
   constexpr int m = (1 << bits) - 1, h = 1 << (bits - 1);
   const F16 values = _mm512_setr_ps((0 & m) - h, (1 & m) - h, (2 & m) - h, (3 & m) - h, (4 & m) - h, (5 & m) - h,
                                     (6 & m) - h, (7 & m) - h, (8 & m) - h, (9 & m) - h, (10 & m) - h, (11 & m) - h,
@@ -149,7 +153,10 @@ PENJING_INLINE I16 iadd(I16 a, I16 b) { return {_mm256_add_epi32(a.a, b.a), _mm2
 PENJING_INLINE I16 isub(I16 a, I16 b) { return {_mm256_sub_epi32(a.a, b.a), _mm256_sub_epi32(a.b, b.b)}; }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return {_mm256_mullo_epi32(a.a, b.a), _mm256_mullo_epi32(a.b, b.b)}; }
 PENJING_INLINE I16 ior(I16 a, I16 b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
-template <int n> PENJING_INLINE I16 shift_left(I16 v) { return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)}; }
+template <int n>
+PENJING_INLINE I16 shift_left(I16 v) {
+  return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
+}
 PENJING_INLINE F16 to_float(I16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 PENJING_INLINE I16 round(F16 v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 PENJING_INLINE F16 from_int8(const int8_t *p) {
@@ -162,11 +169,13 @@ PENJING_INLINE void store_int8(int8_t *p, I16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(p),
                    _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
-template <int bits, int shift> PENJING_INLINE __m256 code_half(__m256i v) {
+template <int bits, int shift>
+PENJING_INLINE __m256 code_half(__m256i v) {
   const __m256i low = _mm256_and_si256(_mm256_srli_epi32(v, shift), _mm256_set1_epi32((1 << bits) - 1));
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(1 << (bits - 1))));
 }
-template <int bits, int shift> PENJING_INLINE F16 code(I16 v) {
+template <int bits, int shift>
+PENJING_INLINE F16 code(I16 v) {
   return {code_half<bits, shift>(v.a), code_half<bits, shift>(v.b)};
 }
 
@@ -198,7 +207,8 @@ typedef uint16_t Words __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t SignedBytes __attribute__((vector_size(16)));
 
-template <class V> PENJING_INLINE V load_as(const void *p) {
+template <class V>
+PENJING_INLINE V load_as(const void *p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -235,7 +245,10 @@ PENJING_INLINE I16 iadd(I16 a, I16 b) { return (I16)((U16)a + (U16)b); }
 PENJING_INLINE I16 isub(I16 a, I16 b) { return (I16)((U16)a - (U16)b); }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return (I16)((U16)a * (U16)b); }
 PENJING_INLINE I16 ior(I16 a, I16 b) { return a | b; }
-template <int n> PENJING_INLINE I16 shift_left(I16 v) { return (I16)((U16)v << n); }
+template <int n>
+PENJING_INLINE I16 shift_left(I16 v) {
+  return (I16)((U16)v << n);
+}
 PENJING_INLINE F16 to_float(I16 v) { return __builtin_convertvector(v, F16); }
 // Adding 1.5 · 2^23 rounds to nearest even; exact for |x| < 2^22, and every caller has clamped to less.
 PENJING_INLINE I16 round(F16 v) { return isub((I16)(v + 0x1.8p23f), (I16)splat(0x1.8p23f)); }
@@ -246,7 +259,8 @@ PENJING_INLINE void store_int8(int8_t *p, I16 v) {
   const Bytes bytes = __builtin_convertvector(v, Bytes);
   std::memcpy(p, &bytes, sizeof bytes);
 }
-template <int bits, int shift> PENJING_INLINE F16 code(I16 v) {
+template <int bits, int shift>
+PENJING_INLINE F16 code(I16 v) {
   return to_float((I16)((U16)v >> shift & ((1u << bits) - 1)) - (1 << (bits - 1)));
 }
 using Quads = I16;

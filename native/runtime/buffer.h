@@ -12,7 +12,8 @@
 
 namespace penjing {
 
-template <class T> class Buffer {
+template <class T>
+class Buffer {
 public:
   Buffer() = default;
 
@@ -53,7 +54,8 @@ private:
 };
 
 // A buffer of the calling thread that keeps its memory between calls; Tag tells apart those alive at the same time.
-template <class T, class Tag> T *scratch(int64_t size) {
+template <class T, class Tag>
+T *scratch(int64_t size) {
   thread_local Buffer<T> buffer;
   if (buffer.size() < size)
     buffer = Buffer<T>(size + size / 4);

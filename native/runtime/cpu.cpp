@@ -45,12 +45,9 @@ Isa active_isa() {
 
 const char *name(Isa isa) {
   switch (isa) {
-  case Isa::avx512_vnni:
-    return "avx512-vnni";
-  case Isa::avx2:
-    return "avx2";
-  default:
-    return "scalar";
+  case Isa::avx512_vnni: return "avx512-vnni";
+  case Isa::avx2: return "avx2";
+  default: return "scalar";
   }
 }
 

@@ -20,3 +20,19 @@ def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+_UNITS = {"": 1, "B": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str, option: str) -> int:
+    """``4GiB``, ``500MB``, ``1000`` → bytes; BadInput names the option."""
+    import re
+
+    from ..errors import BadInput
+
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise BadInput(f"{option}={text!r}: give a size such as 4GiB, 500MB or 1000000")
+    return int(float(found[1]) * _UNITS[found[2].upper()])

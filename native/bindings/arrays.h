@@ -44,6 +44,8 @@ const char *type_name() {
 template <class Array>
 bool contiguous(const Array &array) {
   int64_t expected = 1;
+  if (array.size() == 0)
+    return true;
   for (size_t i = array.ndim(); i-- > 0;) {
     if (array.shape(i) != 1 && array.stride(i) != expected)
       return false;

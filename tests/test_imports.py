@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "stats": set(),
     "report": {"stats"},
     "evaluate": {"checkpoint", "formats", "kernels", "models", "stats"},
-    "compress": {"checkpoint", "evaluate", "formats", "kernels", "methods", "models", "hardware"},
+    "verify": {"checkpoint", "formats", "kernels", "models"},
+    "compress": {"checkpoint", "evaluate", "formats", "kernels", "methods", "models", "hardware", "verify"},
     "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},
     "serve": {"checkpoint", "engine", "hardware", "models"},
     "cli": {"*"},
@@ -44,7 +45,7 @@ def imports_of(file: Path) -> list[tuple[str, str]]:
             found += [(alias.name.split(".")[0], "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == depth:
             names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-            found += [("penjing", name) for name in names]
+            found += [("penjing", name) for name in names if name != "__version__"]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             top, _, rest = node.module.partition(".")
             found.append((top, rest.split(".")[0] if top == "penjing" else ""))

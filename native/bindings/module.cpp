@@ -1,9 +1,24 @@
-// The only nanobind code: checks what Python passes and forwards it.
+// penjing._native: checks what Python passes and forwards it; one file a theme.
 #include <nanobind/nanobind.h>
 
 #include "runtime/cpu.h"
+#include "runtime/pool.h"
+
+namespace nb = nanobind;
+
+namespace penjing::bindings {
+void matrix(nb::module_ &m);
+void integer(nb::module_ &m);
+void formats(nb::module_ &m);
+} // namespace penjing::bindings
 
 NB_MODULE(_native, m) {
-  m.def("isa", [] { return penjing::name(penjing::best_isa()); },
-        "The instruction set that the kernels use on this machine.");
+  m.def(
+      "isa", [] { return penjing::name(penjing::active_isa()); },
+      "The instruction set that the kernels use on this machine.");
+  m.def("threads", &penjing::threads, "Threads that a large product is spread over.");
+  m.def("set_threads", &penjing::set_threads, nb::arg("count"), nb::call_guard<nb::gil_scoped_release>());
+  penjing::bindings::matrix(m);
+  penjing::bindings::integer(m);
+  penjing::bindings::formats(m);
 }

@@ -1,3 +1,80 @@
-"""The native library, as native/bindings offers it."""
+"""The native library, as native/bindings offers it.
+
+Arrays are numpy's, or anything else on the CPU with DLPack (torch tensors); floats of 16 and 32 bits that no
+computation is done on come as their bits, uint16 and uint32. Wrong shapes and types raise ValueError.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.int8]
+Bits = NDArray[np.uint16] | NDArray[np.uint32]
 
 def isa() -> str: ...
+def threads() -> int: ...
+def set_threads(count: int) -> None: ...
+
+class Matrix:
+    rows: int
+    columns: int
+    nbytes: int
+    layout: str
+    def multiply(self, x: Floats, bias: Floats | None = None, out: Any = None) -> Floats: ...
+    def decode(self, rows: NDArray[np.int64]) -> Floats: ...
+
+def matrix_from_floats(values: Bits, bfloat16: bool, sparse: bool) -> Matrix: ...
+def matrix_from_codes(
+    codes: Codes, bits: int, scale: Floats, zero_point: Codes | None, integer: bool, sparse: bool
+) -> Matrix: ...
+
+class IntegerLinear:
+    nbytes: int
+    def __init__(
+        self,
+        codes: Codes,
+        scale: Floats,
+        zero_point: Codes | None = None,
+        bias: Floats | None = None,
+        relu: bool = False,
+    ) -> None: ...
+    def __call__(self, x: Any, step: float | None = None, zero: int = 0, out: Any = None) -> Floats: ...
+    def accumulate(self, x_codes: Codes, zero: int = 0) -> NDArray[np.int32]: ...
+
+class IntegerConv:
+    nbytes: int
+    def __init__(
+        self,
+        codes: Codes,
+        scale: Floats,
+        zero_point: Codes | None = None,
+        bias: Floats | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        relu: bool = False,
+    ) -> None: ...
+    def __call__(self, x: Any, step: float | None = None, zero: int = 0, out: Any = None) -> Floats: ...
+    def accumulate(self, x_codes: Codes, zero: int = 0) -> NDArray[np.int32]: ...
+
+def quantize(
+    weight: Bits,
+    bfloat16: bool,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    scale_dtype: str,
+    mask: NDArray[np.uint8] | None,
+    packed: bool,
+) -> tuple[Any, Floats, Codes | None]: ...
+def pack(codes: Codes, bits: int) -> NDArray[np.int32]: ...
+def unpack(packed: NDArray[np.int32], bits: int, columns: int) -> Codes: ...
+def prune(weight: Bits, bfloat16: bool, parts: int, count: int) -> None: ...
+def prune_threshold(weight: Bits, bfloat16: bool, count: int) -> float: ...
+def has_nonfinite(values: Bits, bfloat16: bool) -> bool: ...
+def bitmask_encode(matrix: Any, floats: bool) -> tuple[Any, NDArray[np.uint8], NDArray[np.int64]]: ...
+def bitmask_decode(values: Any, bitmask: NDArray[np.uint8], columns: int) -> Any: ...

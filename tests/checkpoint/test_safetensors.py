@@ -23,7 +23,7 @@ def some_tensors() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     shapes = [(3, 5), (7,), (), (0, 4), (2, 3, 4), (1, 1), (9, 2), (5,), (8,)]
     return {
-        f"t{index}": (random.standard_normal(shape) * 50).astype(dtype)
+        f"t{index}": np.asarray(random.standard_normal(shape) * 50, np.float64).astype(dtype, copy=False)
         for index, (dtype, shape) in enumerate(zip(DTYPES, shapes, strict=True))
     }
 

@@ -17,7 +17,7 @@ from .safetensors import SafetensorsFile, TensorInfo
 from .storage import Scheme, Weight
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+_SIDE_FILES = ("*.json", "*.model", "*.jinja", "*.tiktoken", "vocab.txt", "merges.txt", "LICENSE*", "NOTICE*")
 # Tensors that belong to one weight: X.weight_packed, X.weight.bitmask, … → X
 _PART_NAMES = (
     "weight_packed",
@@ -108,10 +108,10 @@ class Checkpoint:
         )
 
     def side_files(self) -> Iterator[Path]:
-        """The files that go with the weights: tokenizer, generation settings, templates; no weights, no code."""
+        """The files that go with the weights: tokenizer, generation settings, templates, licence; no code."""
         for file in sorted(self.path.iterdir()):
             ours = file.name in (CONFIG, "penjing.json") or file.name.endswith(".index.json")
-            if file.is_file() and file.suffix in _SIDE_FILES and not ours:
+            if file.is_file() and not ours and any(file.match(pattern) for pattern in _SIDE_FILES):
                 yield file
 
 
@@ -128,8 +128,8 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint folder.
+def open_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> Checkpoint:
+    """Open a checkpoint folder; ``config`` stands in for a config.json that is not written yet.
 
     Raises BadCheckpoint when a file is missing, damaged or contradicts another, Unsupported for weights in a format
     that Penjing does not read.
@@ -138,6 +138,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise BadCheckpoint(f"{folder}: {what}")
+    if config is None:
+        config = _read_config(folder)
+    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder)}
+    checkpoint = Checkpoint(folder, config, files)
+    if (folder / INDEX).exists():
+        _check_index(folder, files)
+    return checkpoint
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         unfinished = (folder / ".journal").exists()
         hint = "compressing it was not finished; run the same command again" if unfinished else "not a model folder"
@@ -145,11 +155,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = read_json(folder / CONFIG, BadCheckpoint)
     if not isinstance(config, dict):
         raise BadCheckpoint(f"{folder / CONFIG}: not an object")
-    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder)}
-    checkpoint = Checkpoint(folder, config, files)
-    if (folder / INDEX).exists():
-        _check_index(folder, files)
-    return checkpoint
+    return config
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -21,18 +21,20 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import kernels
 from ..errors import BadCheckpoint, Unsupported
-from ..formats import bitmask, packed
+from ..formats import packed
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, AffineTensor, Grid
 from ..formats.bitmask import BitmaskTensor
+from ..recipe import Quantize
 
 Array = NDArray[Any]
 Weight = NDArray[Any] | AffineTensor | BitmaskTensor
 PACKED, INT, DENSE = "pack-quantized", "int-quantized", "dense"
 # The names a module's weight may be stored under, after "X."; the first that is there says how.
 PARTS = ("weight_packed", "weight.bitmask", "weight")
-_SCALE_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}
-_SCALE_NAMES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
+SCALE_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}
+SCALE_NAMES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,16 @@ def _zero_point(raw: Array | None, grid: Grid, rows: int, where: str) -> NDArray
     if raw is None:
         raise BadCheckpoint(f"{where}: weight_zero_point is missing; its scheme is not symmetric")
     if raw.dtype == np.int32:
-        return np.ascontiguousarray(packed.unpack(np.ascontiguousarray(raw.T), grid.bits, rows).T)
+        return np.ascontiguousarray(kernels.unpack(np.ascontiguousarray(raw.T), grid.bits, rows).T)
     return raw.astype(np.int8).reshape(rows if raw.size > 1 else 1, -1)
 
 
 def decode(parts: Mapping[str, Array], scheme: Scheme, where: str) -> AffineTensor:
     """A module's quantized tensors (named without "X.") → its weight on the grid."""
     raw_scale = parts["weight_scale"]
-    if raw_scale.dtype not in _SCALE_NAMES:
+    if raw_scale.dtype not in SCALE_NAMES:
         raise BadCheckpoint(f"{where}: weight_scale has dtype {raw_scale.dtype}; float32, float16 or bfloat16 is right")
-    grid = Grid(scheme.grid.bits, scheme.grid.group_size, scheme.grid.symmetric, _SCALE_NAMES[raw_scale.dtype])
+    grid = Grid(scheme.grid.bits, scheme.grid.group_size, scheme.grid.symmetric, SCALE_NAMES[raw_scale.dtype])
     shape = _shape(parts, where)
     if len(shape) != 2:
         raise BadCheckpoint(f"{where}: weight has shape {shape}; a quantized weight is a matrix")
@@ -132,6 +134,32 @@ def decode(parts: Mapping[str, Array], scheme: Scheme, where: str) -> AffineTens
     if zero_point is not None and zero_point.shape != scale.shape:
         raise BadCheckpoint(f"{where}: weight_zero_point is {zero_point.shape}, weight_scale {scale.shape}")
     return AffineTensor(_codes(parts, grid, shape, zero_point, where), scale, zero_point, grid)
+
+
+def layout(quantize: Quantize) -> str:
+    """The compressed-tensors format for these settings: its readers want W8A8 unpacked and the rest packed."""
+    return INT if quantize.activations == "int8" else PACKED
+
+
+def encode(weight: Weight, quantize: Quantize | None, *, sparse: bool) -> dict[str, Array]:
+    """A solved weight → the tensors it is stored in, named without "X."; sparse: as bitmask and non-zeros."""
+    if isinstance(weight, AffineTensor):
+        as_int = quantize is not None and layout(quantize) == INT and not sparse
+        return {"weight": weight.codes} | steps(weight) if as_int else encode_packed(weight, sparse=sparse)
+    if isinstance(weight, BitmaskTensor):
+        return _sparse_parts(weight, lambda values: values)
+    return encode_sparse(weight) if sparse else {"weight": weight}
+
+
+def count_zeros(weight: Weight) -> int:
+    """How many of a weight's numbers are exactly zero."""
+    if isinstance(weight, BitmaskTensor):
+        return weight.shape[0] * weight.shape[1] - weight.values.size
+    if isinstance(weight, AffineTensor):
+        if weight.zero_point is not None:
+            return int(np.count_nonzero(weight.codes == spread(weight.zero_point, weight.shape)))
+        return weight.codes.size - int(np.count_nonzero(weight.codes))
+    return weight.size - int(np.count_nonzero(weight))
 
 
 def _shape(parts: Mapping[str, Array], where: str) -> tuple[int, ...]:
@@ -154,7 +182,7 @@ def _codes(
                 f"{where}: weight_packed is {raw.dtype} {raw.shape}; {grid.bits} bits of {shape} are int32"
                 f" {(rows, packed.words(columns, grid.bits))}"
             )
-        return packed.unpack(raw, grid.bits, columns)
+        return kernels.unpack(raw, grid.bits, columns)
     if "weight.bitmask" not in parts:
         return parts["weight"].astype(np.int8, copy=False)
     kept = _bits(parts, (rows, columns), where)
@@ -164,7 +192,7 @@ def _codes(
         raise BadCheckpoint(f"{where}: the bitmask keeps {count} codes, weight.compressed has another number")
     pruned = np.zeros((rows, 1), np.int8) if zero_point is None else np.repeat(zero_point, _width(zero_point, shape), 1)
     codes = np.broadcast_to(pruned, (rows, columns)).copy()
-    codes[kept] = packed.unpack(words, grid.bits, count)[0]
+    codes[kept] = kernels.unpack(words, grid.bits, count)[0]
     return codes
 
 
@@ -194,26 +222,27 @@ def decode_sparse(parts: Mapping[str, Array], where: str) -> BitmaskTensor:
 
 def encode_sparse(matrix: Array) -> dict[str, Array]:
     """A matrix of floats → the tensors of its bitmask, named without "X."."""
-    return _sparse_parts(bitmask.encode(matrix), lambda values: values)
+    return _sparse_parts(kernels.bitmask_encode(matrix), lambda values: values)
 
 
 def encode_packed(tensor: AffineTensor, *, sparse: bool = False) -> dict[str, Array]:
     """A weight on a grid → pack-quantized tensors named without "X.", or its bitmask and the codes that are not 0."""
     bits = tensor.grid.bits
     if sparse:
-        pruned = np.int8(0) if tensor.zero_point is None else _spread(tensor.zero_point, tensor.shape)
+        pruned = np.int8(0) if tensor.zero_point is None else spread(tensor.zero_point, tensor.shape)
         kept = tensor.codes != pruned
         counts = kept.sum(axis=1, dtype=np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]])
         mask = np.packbits(kept, axis=1, bitorder="little")
         values = BitmaskTensor(tensor.codes[kept], mask, offsets, tensor.shape)
-        parts = _sparse_parts(values, lambda codes: packed.pack(codes[None], bits)[0])
+        parts = _sparse_parts(values, lambda codes: kernels.pack(codes[None], bits)[0])
     else:
-        parts = {"weight_packed": packed.pack(tensor.codes, bits), "weight_shape": np.array(tensor.shape, np.int64)}
+        parts = {"weight_packed": kernels.pack(tensor.codes, bits), "weight_shape": np.array(tensor.shape, np.int64)}
     return parts | steps(tensor)
 
 
-def _spread(zero_point: NDArray[np.int8], shape: tuple[int, int]) -> NDArray[np.int8]:
+def spread(zero_point: NDArray[np.int8], shape: tuple[int, int]) -> NDArray[np.int8]:
+    """A zero point for each weight: (out or 1, groups) → (out, in)."""
     return np.broadcast_to(np.repeat(zero_point, _width(zero_point, shape), axis=1), shape)
 
 
@@ -222,7 +251,7 @@ def steps(tensor: AffineTensor) -> dict[str, Array]:
     scales = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
     parts: dict[str, Array] = {"weight_scale": tensor.scale.astype(scales[tensor.grid.scale_dtype])}
     if tensor.zero_point is not None:
-        zero = packed.pack(np.ascontiguousarray(tensor.zero_point.T), tensor.grid.bits)
+        zero = kernels.pack(np.ascontiguousarray(tensor.zero_point.T), tensor.grid.bits)
         parts["weight_zero_point"] = np.ascontiguousarray(zero.T)
     return parts
 

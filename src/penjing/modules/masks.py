@@ -20,7 +20,7 @@ def _zero_pruned(module: nn.Module, *_: Any) -> None:
         for name, seen in part.__dict__.get("pruned", {}).items():
             parameter = part.get_parameter(name)
             if parameter._version != seen:
-                parameter.data.mul_(part.get_buffer(f"{name}_mask"))
+                parameter.data.masked_fill_(~part.get_buffer(f"{name}_mask"), 0)
                 part.__dict__["pruned"][name] = parameter._version
 
 
@@ -28,7 +28,7 @@ def put(module: nn.Module, name: str, mask: Tensor) -> None:
     """Zero a parameter where its mask (bool, of its shape) is False, and keep it so."""
     parameter = module._parameters[name]
     assert parameter is not None
-    parameter.data = parameter.data * mask
+    parameter.data = parameter.data.masked_fill(~mask, 0)
     if "pruned" not in module.__dict__:
         module.__dict__["pruned"] = {}
         module.register_forward_pre_hook(_zero_pruned)

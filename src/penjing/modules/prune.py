@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, nearest
+from .. import kernels
+from ..errors import BadInput
 from ..stats import Change, paired_change
 from . import masks
 from .data import Batch, Loss, batches, losses
 from .result import Result, Row
+from .settings import STRUCTURES, Method, Scope, Settings, settings_of
 from .snapshot import Snapshot
 from .storage import stored_bytes, total_bytes
-from .structured import STRUCTURES, Structured
+from .structured import Structured
 from .targets import Target, check, find
 
-Method = Literal["l1", "l2", "random"]
-Scope = Literal["layer", "global"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `prune` was asked for, checked."""
-
-    amount: float
-    method: Method
-    scope: Scope
-    keep: tuple[int, int] | None
-    seed: int
+SMALLEST = 1e-30
 
 
 def prune(
@@ -71,7 +59,7 @@ def prune(
     check(module)
     if pattern in STRUCTURES and sensitivity:
         raise BadInput(f"sensitivity=True with pattern={pattern!r}: layers that depend on one another are cut together")
-    settings = _settings(amount, method, scope, pattern, seed)
+    settings = settings_of(amount, method, scope, pattern, seed)
     if not isinstance(rounds, int) or rounds < 1:
         raise BadInput(f"rounds={rounds}: 1 or more is right")
     targets, kept = find(module, ignore, "prune")
@@ -83,7 +71,7 @@ def prune(
         alone: dict[str, Change] = {}
         if pattern in STRUCTURES:
             inputs = _example(example_inputs, data)
-            structured = Structured(module, targets, inputs, pattern, settings.method, scope == "global", heads or {})
+            structured = Structured(module, targets, inputs, pattern, settings, heads or {})
             shrink, describe = structured.shrink, structured.describe
         else:
             if settings.keep:
@@ -112,26 +100,6 @@ def prune(
         ]
         base_loss = None if base is None else float(base.mean())
         return Result("prune", rows, bytes_before, total_bytes(module), kept, change, base_loss)
-
-
-def _settings(amount: float | None, method: str, scope: str, pattern: str, seed: int) -> Settings:
-    for name, value, known in (("method", method, get_args(Method)), ("scope", scope, get_args(Scope))):
-        if value not in known:
-            raise BadInput(f"{name}={value!r} is unknown: {nearest(str(value), known)}")
-    keep = None
-    if matched := re.fullmatch(r"(\d+):(\d+)", str(pattern)):
-        keep = int(matched[1]), int(matched[2])
-        if not 0 < keep[0] < keep[1]:
-            raise BadInput(f"pattern={pattern!r}: N of M stay, with 0 < N < M, as in '2:4'")
-        if amount is not None and amount != 1 - keep[0] / keep[1]:
-            raise BadInput(f"amount={amount} contradicts pattern={pattern!r}, which removes {1 - keep[0] / keep[1]}")
-        amount = 1 - keep[0] / keep[1]
-    elif pattern != "unstructured" and pattern not in STRUCTURES:
-        raise BadInput(f"pattern={pattern!r} is unknown: {nearest(str(pattern), ['unstructured', 'N:M', *STRUCTURES])}")
-    amount = 0.5 if amount is None else amount
-    if not 0 < amount < 1:
-        raise BadInput(f"amount={amount}: the share to remove lies between 0 and 1, as in 0.5")
-    return Settings(amount, method, scope, keep, seed)  # type: ignore[arg-type]
 
 
 def _evaluation(data: Any, evaluate_on: Any, loss: Loss | None, sensitivity: bool) -> list[Batch]:
@@ -178,34 +146,36 @@ class _Zeros:
         for target in targets:
             for name in target.parameters:
                 self._places.setdefault(id(target.module.get_parameter(name)), []).append((target.module, name))
-        generator = torch.Generator().manual_seed(settings.seed)
-        shapes = [places[0][0].get_parameter(places[0][1]).shape for places in self._places.values()]
-        self._random = [torch.rand(shape, generator=generator) for shape in shapes]
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._random: list[Tensor] = []
 
     def shrink(self, amount: float) -> None:
-        """Mask that share; what a former round removed is removed first."""
-        scores = []
-        for places, random in zip(self._places.values(), self._random, strict=True):
-            module, name = places[0]
-            weight = module.get_parameter(name).detach().abs().float()
-            score = random.clone() if self._settings.method == "random" else weight
-            scores.append(score.masked_fill(~masks.mask_of(module, name), -1))
+        """Mask that share; what a former round removed stays removed."""
+        scores = [self._score(*places[0], index) for index, places in enumerate(self._places.values())]
         for mask, places in zip(self._kept(scores, amount), self._places.values(), strict=True):
             for module, name in places:
                 masks.put(module, name, mask)
 
+    def _score(self, module: nn.Module, name: str, index: int) -> Tensor:
+        """Importance, 0 only where a former round has removed the weight: a weight that is 0 is still there."""
+        weight = module.get_parameter(name).detach()
+        if self._settings.method == "random":
+            if index == len(self._random):
+                self._random.append(1 + torch.rand(weight.shape, generator=self._generator))
+            score = self._random[index]
+        else:
+            score = weight.abs().float().clamp(min=SMALLEST)
+        return score.masked_fill(~masks.mask_of(module, name), 0)
+
     def _kept(self, scores: list[Tensor], amount: float) -> list[Tensor]:
         if self._settings.keep:
             of = self._settings.keep[1]
-            count = round(amount * of)
-            return [kept_per_row(score.reshape(-1, of), count).view_as(score) for score in scores]
+            pattern = (of - round(amount * of), of)
+            return [kept(score, amount, pattern) for score in scores]
         if self._settings.scope == "layer":
-            return [
-                kept_per_row(score.reshape(1, -1), round(amount * score.numel())).view_as(score) for score in scores
-            ]
-        together = torch.cat([score.flatten() for score in scores])
-        kept = kept_per_row(together[None], round(amount * together.numel()))[0]
-        parts = torch.split(kept, [score.numel() for score in scores])
+            return [kept(score, amount) for score in scores]
+        together = kept(torch.cat([score.flatten() for score in scores]), amount)
+        parts = torch.split(together, [score.numel() for score in scores])
         return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 
     def describe(self, target: Target) -> str:
@@ -216,10 +186,10 @@ class _Zeros:
         return f"{share:.1%} zeros" + (f" ({keep[0]}:{keep[1]})" if keep else "")
 
 
-def kept_per_row(scores: Tensor, count: int) -> Tensor:
-    """bool like scores (rows, n): False at the ``count`` lowest of each row; of equal ones the first goes first."""
-    lowest = scores.argsort(dim=1, stable=True)[:, :count]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
+def kept(scores: Tensor, amount: float, pattern: tuple[int, int] | None = None) -> Tensor:
+    """bool like scores: False at the lowest; of equal ones the first goes first."""
+    rows = scores.reshape(1, -1) if pattern is None else scores.reshape(-1, pattern[1])
+    return torch.from_numpy(kernels.prune(rows.numpy(), amount, "tensor", pattern)).view_as(scores) != 0
 
 
 def _sensitivities(

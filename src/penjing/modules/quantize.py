@@ -163,8 +163,7 @@ class _Plan:
 
     def describe(self, target: Target) -> str:
         size = {PER_CHANNEL: "channel", PER_TENSOR: "tensor"}.get(self.grid.group_size, f"{self.grid.group_size}")
-        coded = target.module.coded  # type: ignore[union-attr]
-        activations = "weights" if coded.compute == "stored" else f"× int8 {self.method}"
+        activations = "weights" if self.compute(target) == "stored" else f"× int8 {self.method}"
         return f"int{self.grid.bits} {activations}, a step a {size}"
 
 

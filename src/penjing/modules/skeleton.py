@@ -62,7 +62,15 @@ def _original(module: nn.Module) -> type[nn.Module]:
 
 
 def _arguments(module: nn.Module, cls: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    for name, parameter in inspect.signature(cls).parameters.items():
+    recurrent = issubclass(cls, nn.RNNBase)  # LSTM, GRU and RNN hand their arguments on to it
+    parameters = dict(inspect.signature(nn.RNNBase if recurrent else cls).parameters)
+    if recurrent:
+        del parameters["mode"]
+        if not module.proj_size:
+            del parameters["proj_size"]  # which GRU and RNN refuse
+        if isinstance(module, nn.RNN):
+            yield "nonlinearity", module.nonlinearity
+    for name, parameter in parameters.items():
         value = getattr(module, name, None)
         if name == "bias" and not isinstance(value, bool):
             yield name, value is not None

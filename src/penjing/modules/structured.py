@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput, PenjingError, Unsupported, nearest
+from ..errors import BadInput, PenjingError
 from .data import evaluating
+from .heads import HEAD_COUNTS, cut_heads, heads_of
+from .settings import STRUCTURES, Settings
 from .targets import Target
 
-STRUCTURES: dict[str, tuple[type[nn.Module], ...]] = {
-    "channel": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
-    "filters": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    "neurons": (nn.Linear,),
-    "heads": (nn.Linear,),
-}
-HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "heads")
 SIZES = (
     "in_features",
     "out_features",
@@ -52,14 +47,13 @@ class Structured:
         targets: list[Target],
         inputs: Any,
         pattern: str,
-        method: str,
-        whole: bool,
+        settings: Settings,
         heads: Mapping[str, int],
     ) -> None:
         self._root, self._pattern, self._inputs = root, pattern, inputs
-        self._types, self._whole = STRUCTURES[pattern], whole
-        self._importance = _importance(method)
-        self._heads = _heads(root, pattern, heads)
+        self._types, self._whole = STRUCTURES[pattern], settings.scope == "global"
+        self._method, self._importance, self._seed = settings.method, _importance(settings.method), settings.seed
+        self._heads = heads_of(root, pattern, heads)
         self._shape = self._output_shapes()
         named = {id(target.module) for target in targets}
         self._others = [part for part in root.modules() if isinstance(part, self._types) and id(part) not in named]
@@ -72,27 +66,14 @@ class Structured:
 
     def shrink(self, amount: float) -> None:
         """Cut until that share of what was there at the start is gone."""
-        import torch_pruning
-
         share = 1 - (1 - amount) / (1 - self._done)
-        by_head = self._pattern == "heads"
-        with _tracing(self._root):
-            pruner = torch_pruning.pruner.BasePruner(
-                self._root,
-                self._inputs,
-                self._importance,
-                global_pruning=self._whole,
-                pruning_ratio=0.0 if by_head else share,
-                head_pruning_ratio=share if by_head else 0.0,
-                prune_num_heads=by_head,
-                prune_head_dims=not by_head,
-                num_heads=dict(self._heads),
-                ignored_layers=[*self._outputs, *self._others],
-                root_module_types=list(self._types),
-            )
-            pruner.step()
+        with torch.random.fork_rng(devices=[]), _tracing(self._root):
+            torch.manual_seed(self._seed)
+            if self._pattern == "heads":
+                self._heads = cut_heads(self._root, self._inputs, self._heads, share, self._method)
+            else:
+                self._cut_channels(share)
         self._done = amount
-        self._keep_heads(pruner)
         if self._output_shapes() != self._shape:
             raise BadInput(
                 f"pattern={self._pattern!r} would change the module's output from {self._shape} to"
@@ -101,6 +82,21 @@ class Structured:
         for part, before in self._sizes.items():
             if changed := {key: value for key, value in _plain_sizes(part).items() if before[key] != value}:
                 part.__dict__["resized"] = part.__dict__.get("resized", {}) | changed
+
+    def _cut_channels(self, share: float) -> None:
+        import torch_pruning
+
+        pruner = torch_pruning.pruner.BasePruner(
+            self._root,
+            self._inputs,
+            self._importance,
+            global_pruning=self._whole,
+            pruning_ratio=share,
+            num_heads=dict(self._heads),
+            ignored_layers=[*self._outputs, *self._others],
+            root_module_types=list(self._types),
+        )
+        pruner.step()
 
     def describe(self, target: Target) -> str:
         before, after = self._first[target.name], _shapes(target)
@@ -135,16 +131,6 @@ class Structured:
         parts = output if isinstance(output, (tuple, list)) else [output]
         return [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
 
-    def _keep_heads(self, pruner: Any) -> None:
-        """Write the new number of heads where the attention module keeps it."""
-        for layer, count in pruner.num_heads.items():
-            for part in self._root.modules():
-                if layer in part.children():
-                    for name in HEAD_COUNTS:
-                        if getattr(part, name, None) == self._heads[layer]:
-                            setattr(part, name, count)
-        self._heads = dict(pruner.num_heads)
-
 
 def _importance(method: str) -> Any:
     import torch_pruning
@@ -152,24 +138,6 @@ def _importance(method: str) -> Any:
     if method == "random":
         return torch_pruning.importance.RandomImportance()
     return torch_pruning.importance.GroupMagnitudeImportance(p=1 if method == "l1" else 2)
-
-
-def _heads(root: nn.Module, pattern: str, heads: Mapping[str, int]) -> dict[nn.Module, int]:
-    """The user's name → number as layer → number."""
-    named = dict(root.named_modules())
-    for name in heads:
-        if name not in named:
-            raise BadInput(f"heads: {name!r} is no layer: {nearest(name, filter(None, named))}")
-    if pattern == "heads":
-        for name, part in named.items():
-            if isinstance(part, nn.MultiheadAttention):
-                raise Unsupported(
-                    f"{name} is a MultiheadAttention: torch ties its number of heads to its width, so heads cannot"
-                    " be cut; with query, key and value as linear layers they can"
-                )
-        if not heads:
-            raise BadInput("pattern='heads' needs heads={layer: number}, naming the query, key and value layers")
-    return {named[name]: count for name, count in heads.items()}
 
 
 def _shapes(target: Target) -> str:

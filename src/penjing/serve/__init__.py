@@ -1,1 +1,1 @@
-"""The service: OpenAI's interface over HTTP on the engine. Needs no torch."""
+"""See docs/design.md."""

@@ -1,0 +1,81 @@
+#include "kernels/matrix.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include "bindings/arrays.h"
+
+namespace penjing::bindings {
+namespace {
+
+// values: the bits of the floats, uint32 or uint16, (rows, columns).
+std::unique_ptr<Matrix> from_floats(const In &values, bool bfloat16, bool sparse) {
+  const bool wide = values.dtype() == nb::dtype<uint32_t>();
+  const void *bits = wide ? static_cast<const void *>(checked<uint32_t>(values, "weight", {any, any}))
+                          : checked<uint16_t>(values, "weight", {any, any});
+  const Float type = wide ? Float::f32 : bfloat16 ? Float::bf16 : Float::f16;
+  const auto rows = static_cast<int64_t>(values.shape(0)), columns = static_cast<int64_t>(values.shape(1));
+  require(rows > 0 && columns > 0, "weight: an empty matrix");
+  nb::gil_scoped_release release;
+  return float_matrix(bits, type, rows, columns, sparse);
+}
+
+// codes (rows, columns); scale and zero_point (rows, groups).
+std::unique_ptr<Matrix> from_codes(const In &codes, int bits, const In &scale, const MaybeIn &zero_point, bool integer,
+                                   bool sparse) {
+  const int8_t *values = checked<int8_t>(codes, "codes", {any, any});
+  const auto rows = static_cast<int64_t>(codes.shape(0)), columns = static_cast<int64_t>(codes.shape(1));
+  require(rows > 0 && columns > 0, "codes: an empty matrix");
+  require(bits >= 2 && bits <= 8, "bits: give 2 to 8");
+  const float *steps = checked<float>(scale, "scale", {rows, any});
+  const auto groups = static_cast<int64_t>(scale.shape(1));
+  require(groups > 0 && columns % groups == 0, "scale: its groups do not divide the columns");
+  require(!integer || groups == 1, "scale: integer activations need one group a row");
+  const Codes c{values, rows, columns, groups, bits, steps, checked<int8_t>(zero_point, "zero_point", {rows, groups})};
+  nb::gil_scoped_release release;
+  return integer ? integer_matrix(c, sparse) : coded_matrix(c, sparse);
+}
+
+nb::object multiply(const Matrix &matrix, const In &x, const MaybeIn &bias, nb::handle out) {
+  const float *from = checked<float>(x, "x", {any, matrix.columns});
+  const float *added = checked<float>(bias, "bias", {matrix.rows});
+  const size_t shape[] = {x.shape(0), static_cast<size_t>(matrix.rows)};
+  float *y;
+  nb::object result = output(out, shape, 2, &y);
+  {
+    nb::gil_scoped_release release;
+    if (x.shape(0))
+      matrix.multiply(from, static_cast<int64_t>(x.shape(0)), added, y);
+  }
+  return result;
+}
+
+nb::object decode(const Matrix &matrix, const In &rows) {
+  const int64_t *wanted = checked<int64_t>(rows, "rows", {any});
+  const size_t shape[] = {rows.shape(0), static_cast<size_t>(matrix.columns)};
+  for (size_t i = 0; i < shape[0]; ++i)
+    require(wanted[i] >= 0 && wanted[i] < matrix.rows,
+            "rows: " + std::to_string(wanted[i]) + " is not in [0, " + std::to_string(matrix.rows) + ")");
+  float *values;
+  nb::object result = numpy_array(shape, 2, &values);
+  nb::gil_scoped_release release;
+  matrix.decode(wanted, static_cast<int64_t>(shape[0]), values);
+  return result;
+}
+
+} // namespace
+
+void matrix(nb::module_ &m) {
+  nb::class_<Matrix>(m, "Matrix")
+      .def_ro("rows", &Matrix::rows)
+      .def_ro("columns", &Matrix::columns)
+      .def_prop_ro("nbytes", &Matrix::bytes)
+      .def_prop_ro("layout", &Matrix::layout)
+      .def("multiply", &multiply, nb::arg("x"), nb::arg("bias").none() = nb::none(), nb::arg("out") = nb::none())
+      .def("decode", &decode, nb::arg("rows"));
+  m.def("matrix_from_floats", &from_floats, nb::arg("values"), nb::arg("bfloat16"), nb::arg("sparse"));
+  m.def("matrix_from_codes", &from_codes, nb::arg("codes"), nb::arg("bits"), nb::arg("scale"),
+        nb::arg("zero_point").none(), nb::arg("integer"), nb::arg("sparse"));
+}
+
+} // namespace penjing::bindings

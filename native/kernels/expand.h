@@ -1,0 +1,83 @@
+// Kept values spread over the places that a mask gives them, zeros elsewhere.
+#pragma once
+
+#include "kernels/simd.h"
+
+namespace penjing::PENJING_ISA {
+
+#if defined(__AVX512VNNI__)
+
+PENJING_INLINE F16 expand_floats(const float *p, uint32_t mask) {
+  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
+}
+
+PENJING_INLINE void expand_words(const uint16_t *p, uint32_t mask, uint16_t *out) {
+  const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), kept));
+}
+
+PENJING_INLINE void expand_bytes(const int8_t *p, uint64_t mask, int8_t *out) {
+  _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)));
+}
+
+// Nibbles are two's complement, the low one first.
+PENJING_INLINE void expand_nibbles(const uint8_t *p, uint64_t mask, int8_t *out) {
+  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+  const __m512i sign = _mm512_set1_epi8(8);
+  const __m512i codes = _mm512_sub_epi8(_mm512_xor_si512(nibbles, sign), sign);
+  _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, codes));
+}
+
+#else
+
+PENJING_INLINE F16 expand_floats(const float *p, uint32_t mask) {
+  float out[16];
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bit = mask >> i & 1;
+    out[i] = bit ? *p : 0.0f;
+    p += bit;
+  }
+  return load(out);
+}
+
+PENJING_INLINE void expand_words(const uint16_t *p, uint32_t mask, uint16_t *out) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bit = mask >> i & 1;
+    out[i] = bit ? *p : uint16_t{0};
+    p += bit;
+  }
+}
+
+PENJING_INLINE void expand_bytes(const int8_t *p, uint64_t mask, int8_t *out) {
+#if defined(__AVX2__)
+  for (int i = 0; i < 64; i += 8) {
+    const uint64_t places = _pdep_u64(mask >> i & 255, 0x0101010101010101u) * 255;
+    uint64_t kept;
+    std::memcpy(&kept, p, sizeof kept);
+    kept = _pdep_u64(kept, places);
+    std::memcpy(out + i, &kept, sizeof kept);
+    p += __builtin_popcountll(mask >> i & 255);
+  }
+#else
+  for (int i = 0; i < 64; ++i) {
+    const uint64_t bit = mask >> i & 1;
+    out[i] = bit ? *p : int8_t{0};
+    p += bit;
+  }
+#endif
+}
+
+PENJING_INLINE void expand_nibbles(const uint8_t *p, uint64_t mask, int8_t *out) {
+  int8_t codes[72];
+  for (int i = 0; i < 32; ++i) {
+    codes[2 * i] = static_cast<int8_t>(static_cast<int8_t>(p[i] << 4) >> 4);
+    codes[2 * i + 1] = static_cast<int8_t>(static_cast<int8_t>(p[i]) >> 4);
+  }
+  std::memset(codes + 64, 0, 8);
+  expand_bytes(codes, mask, out);
+}
+
+#endif
+
+} // namespace penjing::PENJING_ISA

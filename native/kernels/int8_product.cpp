@@ -1,0 +1,154 @@
+// Unsigned bytes times signed bytes, summed in int32: linear layers, and convolutions by their offsets.
+#include "kernels/expand.h"
+#include "kernels/kernels.h"
+#include "kernels/simd.h"
+
+namespace penjing::PENJING_ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
+#elif defined(__AVX2__)
+constexpr int tile_rows = 2, tile_panels = 2;
+#else
+constexpr int tile_rows = 4, tile_panels = 1;
+#endif
+constexpr int narrow_rows = 8; // a tile of a single panel
+
+// The rows of a tile: where each begins, and where its quads are.
+template <int rows>
+struct Rows {
+  const uint8_t *begin[rows];
+  const int32_t *quad_offset;
+
+  Rows(const Int8Product &p, int64_t row) : quad_offset(p.quad_offset) {
+    for (int r = 0; r < rows; ++r)
+      begin[r] = p.x + (p.row_offset ? p.row_offset[row + r] : (row + r) * 4 * p.weight->quads);
+  }
+};
+
+PENJING_INLINE Quads weight_quads(const Int8Weight &w, int64_t panel, int64_t quad, const int8_t *&kept) {
+  if (!w.mask)
+    return quads(w.values + (panel * w.quads + quad) * 64);
+  alignas(64) int8_t codes[64];
+  const uint64_t mask = w.mask[panel * w.quads + quad];
+  expand_bytes(kept, mask, codes);
+  kept += __builtin_popcountll(mask);
+  return quads(codes);
+}
+
+// sum[r][i] = Σ x · w over all quads; the first `ones` panels' worth of nothing but x when the weight is null.
+template <int rows, int panels, bool sparse, bool gathered>
+PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t panel, I16 (&sum)[rows][panels]) {
+  for (auto &row : sum)
+    for (I16 &s : row)
+      s = izero();
+  const int8_t *kept[panels];
+  for (int i = 0; i < panels; ++i)
+    kept[i] = sparse ? w.values + w.begin[panel + i] : w.values + (panel + i) * w.quads * 64;
+  for (int64_t q = 0; q < w.quads; ++q) {
+    const int64_t at = gathered ? x.quad_offset[q] : 4 * q;
+    Quads weight[panels];
+    for (int i = 0; i < panels; ++i) {
+      if constexpr (sparse)
+        weight[i] = weight_quads(w, panel + i, q, kept[i]);
+      else
+        weight[i] = quads(kept[i] + q * 64);
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < panels; ++i)
+        sum[r][i] = dot4(sum[r][i], x.begin[r] + at, weight[i]);
+  }
+}
+
+// Σ x of each row, in every lane.
+template <int rows>
+void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
+  alignas(64) int8_t ones[64];
+  std::memset(ones, 1, sizeof ones);
+  const Quads one = quads(ones);
+  for (int r = 0; r < rows; ++r) {
+    sum[r] = izero();
+    for (int64_t q = 0; q < w.quads; ++q)
+      sum[r] = dot4(sum[r], x.begin[r] + (x.quad_offset ? x.quad_offset[q] : 4 * q), one);
+  }
+}
+
+PENJING_INLINE void scatter(int32_t *out, const int32_t *values, int n, int64_t stride) {
+  for (int i = 0; i < n; ++i)
+    out[i * stride] = values[i];
+}
+
+PENJING_INLINE void scatter(float *out, const float *values, int n, int64_t stride) {
+  for (int i = 0; i < n; ++i)
+    out[i * stride] = values[i];
+}
+
+// From raw sums to exact ones, and to y.
+PENJING_INLINE void finish(const Int8Product &p, int64_t panel, int64_t row, I16 sum, I16 x_sum) {
+  const Int8Weight &w = *p.weight;
+  const int64_t left = w.rows - panel * lanes, at = row * p.row_stride + panel * lanes * p.output_stride;
+  const int n = static_cast<int>(left < lanes ? left : lanes);
+  sum = isub(sum, imul(isplat(p.zero[row * p.x_stride]), iload(w.sum + panel * lanes)));
+  if (w.zero_point)
+    sum = isub(sum, imul(x_sum, iload(w.zero_point + panel * lanes)));
+  if (p.sums) {
+    int32_t exact[lanes];
+    istore(exact, sum);
+    scatter(p.sums + at, exact, n, p.output_stride);
+    return;
+  }
+  F16 y = mul(mul(to_float(sum), splat(p.step[row * p.x_stride])), load(p.scale + panel * lanes));
+  if (p.bias)
+    y = add(y, load(p.bias + panel * lanes));
+  if (p.relu)
+    y = max(y, zero());
+  if (p.output_stride == 1)
+    return n == lanes ? store(p.y + at, y) : store(p.y + at, y, n);
+  float values[lanes];
+  store(values, y);
+  scatter(p.y + at, values, n, p.output_stride);
+}
+
+template <int rows, int panels>
+void tile(const Int8Product &p, int64_t panel, int64_t row) {
+  const Int8Weight &w = *p.weight;
+  const Rows<rows> x(p, row);
+  I16 sum[rows][panels], x_sum[rows];
+  if (w.mask)
+    p.quad_offset ? multiply<rows, panels, true, true>(w, x, panel, sum)
+                  : multiply<rows, panels, true, false>(w, x, panel, sum);
+  else
+    p.quad_offset ? multiply<rows, panels, false, true>(w, x, panel, sum)
+                  : multiply<rows, panels, false, false>(w, x, panel, sum);
+  if (w.zero_point)
+    row_sums<rows>(w, x, x_sum);
+  else
+    for (I16 &s : x_sum)
+      s = izero();
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < panels; ++i)
+      finish(p, panel + i, row + r, sum[r][i], x_sum[r]);
+}
+
+template <int rows, int panels>
+void tiles(const Int8Product &p, int64_t panel, int64_t row, int64_t row_end) {
+  for (; row + rows <= row_end; row += rows)
+    tile<rows, panels>(p, panel, row);
+  if constexpr (rows > 1)
+    tiles<rows / 2, panels>(p, panel, row, row_end);
+}
+
+} // namespace
+
+void int8_product(const Int8Product &p, int64_t panel, int64_t panel_end, int64_t row_begin, int64_t row_end) {
+  for (; panel + tile_panels <= panel_end; panel += tile_panels)
+    tiles<tile_rows, tile_panels>(p, panel, row_begin, row_end);
+  if constexpr (tile_panels > 2)
+    for (; panel + 2 <= panel_end; panel += 2)
+      tiles<tile_rows, 2>(p, panel, row_begin, row_end);
+  for (; panel < panel_end; ++panel)
+    tiles<narrow_rows, 1>(p, panel, row_begin, row_end);
+}
+
+} // namespace penjing::PENJING_ISA

@@ -1,0 +1,184 @@
+#include "kernels/integer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "kernels/fit.h"
+#include "kernels/matrix.h"
+#include "runtime/pool.h"
+
+namespace penjing {
+namespace {
+
+// Products of fewer multiplications than this are done before another thread would have woken.
+constexpr int64_t worth_sharing = 1 << 20;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+} // namespace
+
+Int8Panels::Int8Panels(const int8_t *codes, int64_t rows, int64_t columns, const std::vector<int64_t> &column_of,
+                       const float *scale, const int8_t *zero_point, const float *bias, bool sparse) {
+  const int64_t padded = round_up(rows, lanes), quads = static_cast<int64_t>(column_of.size()) / 4;
+  values_ = Buffer<int8_t>(padded * quads * 4);
+  sum_ = Buffer<int32_t>(padded);
+  scale_ = Buffer<float>(padded);
+  zero_point_ = Buffer<int32_t>(zero_point ? padded : 0);
+  bias_ = Buffer<float>(bias ? padded : 0);
+  for (int64_t row = 0; row < padded; ++row) {
+    const bool real = row < rows;
+    const int zero = real && zero_point ? zero_point[row] : 0;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < 4 * quads; ++i) {
+      const bool has = real && column_of[i] >= 0;
+      const int8_t code = has ? codes[row * columns + column_of[i]] : int8_t{0};
+      sum += has ? code - zero : 0;
+      values_[((row / lanes * quads + i / 4) * lanes + row % lanes) * 4 + i % 4] = code;
+    }
+    sum_[row] = sum;
+    scale_[row] = real ? scale[row] : 0;
+    if (zero_point)
+      zero_point_[row] = zero;
+    if (bias)
+      bias_[row] = real ? bias[row] : 0;
+  }
+  weight_ = {rows, quads, values_.data(), nullptr, nullptr, sum_.data(), zero_point ? zero_point_.data() : nullptr};
+  if (sparse)
+    keep_nonzeros();
+}
+
+void Int8Panels::keep_nonzeros() {
+  const int64_t vectors = values_.size() / 64;
+  mask_ = Buffer<uint64_t>(vectors);
+  begin_ = Buffer<int64_t>(panels());
+  Buffer<int8_t> kept(values_.size() - std::count(values_.begin(), values_.end(), 0));
+  int8_t *out = kept.data();
+  for (int64_t v = 0; v < vectors; ++v) {
+    if (v % weight_.quads == 0)
+      begin_[v / weight_.quads] = out - kept.data();
+    mask_[v] = 0;
+    for (int i = 0; i < 64; ++i)
+      if (const int8_t code = values_[v * 64 + i]) {
+        mask_[v] |= uint64_t{1} << i;
+        *out++ = code;
+      }
+  }
+  values_ = std::move(kept);
+  weight_.values = values_.data();
+  weight_.mask = mask_.data();
+  weight_.begin = begin_.data();
+}
+
+int64_t Int8Panels::bytes() const {
+  return values_.bytes() + mask_.bytes() + begin_.bytes() + sum_.bytes() + zero_point_.bytes() + scale_.bytes() +
+         bias_.bytes();
+}
+
+static std::vector<int64_t> columns_in_order(int64_t columns) {
+  std::vector<int64_t> order(static_cast<size_t>(round_up(columns, 4)), -1);
+  std::iota(order.begin(), order.begin() + columns, 0);
+  return order;
+}
+
+IntegerLinear::IntegerLinear(const int8_t *codes, int64_t rows, int64_t columns, const float *scale,
+                             const int8_t *zero_point, const float *bias, bool relu, bool sparse)
+    : rows(rows), columns(columns),
+      panels_(codes, rows, columns, columns_in_order(columns), scale, zero_point, bias, sparse), relu_(relu) {}
+
+void IntegerLinear::run(const float *x, int64_t m, const Activation &activation, Result result,
+                        const float *bias) const {
+  struct Bytes;
+  struct Steps;
+  struct Zeros;
+  const Int8Weight &weight = panels_.weight();
+  const int64_t width = 4 * weight.quads;
+  auto *bytes = scratch<uint8_t, Bytes>(m * width);
+  auto *steps = scratch<float, Steps>(m);
+  auto *zeros = scratch<int32_t, Zeros>(m);
+  const auto encode = [&](int64_t row) {
+    const Step step = fit(x + row * columns, columns, activation);
+    kernels().encode_bytes(x + row * columns, columns, step.inverse, step.bias, bytes + row * width);
+    std::memset(bytes + row * width + columns, 0, static_cast<size_t>(width - columns));
+    steps[row] = step.step;
+    zeros[row] = step.zero;
+  };
+  const Int8Product product{
+      &weight, bytes,    nullptr,     nullptr, zeros, steps, 1, panels_.scale(), bias ? bias : panels_.bias(),
+      relu_,   result.y, result.sums, rows,    1};
+  if (m * rows * columns < worth_sharing) {
+    for (int64_t row = 0; row < m; ++row)
+      encode(row);
+    return kernels().int8_product(product, 0, panels_.panels(), 0, m);
+  }
+  if (m * columns < worth_sharing / 16)
+    for (int64_t row = 0; row < m; ++row)
+      encode(row);
+  else
+    parallel_for(m, encode);
+  const int64_t pieces = std::min<int64_t>((panels_.panels() + 3) / 4, 4 * threads());
+  const int64_t block = round_up((panels_.panels() + pieces - 1) / pieces, 4);
+  const int64_t row_pieces = std::clamp<int64_t>(2 * threads() / pieces, 1, (m + 23) / 24);
+  const int64_t row_block = round_up((m + row_pieces - 1) / row_pieces, 24);
+  parallel_for(pieces * row_pieces, [&](int64_t i) {
+    const int64_t panel = i / row_pieces * block, row = i % row_pieces * row_block;
+    if (panel < panels_.panels() && row < m)
+      kernels().int8_product(product, panel, std::min(panel + block, panels_.panels()), row,
+                             std::min(row + row_block, m));
+  });
+}
+
+namespace {
+
+// W8A8 for a language model: symmetric activations, a step a row of x.
+class IntegerMatrix final : public Matrix {
+public:
+  IntegerMatrix(const Codes &c, bool sparse)
+      : Matrix(c.rows, c.columns), linear_(c.codes, c.rows, c.columns, c.scale, c.zero_point, nullptr, false, sparse) {}
+
+  void multiply(const float *x, int64_t m, const float *bias, float *y) const override {
+    struct Padded;
+    if (bias) { // read in whole panels
+      float *whole = scratch<float, Padded>(round_up(rows, lanes));
+      std::copy(bias, bias + rows, whole);
+      bias = whole;
+    }
+    linear_.run(x, m, {Activation::symmetric}, {y, nullptr}, bias);
+  }
+
+  void decode(const int64_t *wanted, int64_t count, float *out) const override {
+    const Int8Weight &w = linear_.panels().weight();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t panel = wanted[i] / lanes, lane = wanted[i] % lanes;
+      const int zero = w.zero_point ? w.zero_point[wanted[i]] : 0;
+      const int8_t *kept = w.mask ? w.values + w.begin[panel] : nullptr;
+      for (int64_t q = 0; q < w.quads; ++q) {
+        const int64_t vector = panel * w.quads + q;
+        const uint64_t mask = w.mask ? w.mask[vector] : ~uint64_t{0};
+        const int8_t *values = w.mask ? kept : w.values + vector * 64;
+        for (int64_t b = 0; b < 4 && 4 * q + b < columns; ++b) {
+          const int64_t at = 4 * lane + b;
+          const int before = w.mask ? __builtin_popcountll(mask & ((uint64_t{1} << at) - 1)) : static_cast<int>(at);
+          const int code = mask >> at & 1 ? values[before] : 0;
+          out[i * columns + 4 * q + b] = static_cast<float>(code - zero) * linear_.panels().scale()[wanted[i]];
+        }
+        if (w.mask)
+          kept += __builtin_popcountll(mask);
+      }
+    }
+  }
+
+  int64_t bytes() const override { return linear_.panels().bytes(); }
+  std::string layout() const override { return linear_.panels().weight().mask ? "int8-int8-sparse" : "int8-int8"; }
+
+private:
+  IntegerLinear linear_;
+};
+
+} // namespace
+
+std::unique_ptr<Matrix> integer_matrix(const Codes &codes, bool sparse) {
+  return std::make_unique<IntegerMatrix>(codes, sparse);
+}
+
+} // namespace penjing

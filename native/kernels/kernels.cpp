@@ -1,0 +1,54 @@
+#include "kernels/kernels.h"
+
+#include <type_traits>
+
+#include "runtime/cpu.h"
+
+namespace penjing {
+
+template <class Pointer>
+using Function = std::remove_pointer_t<Pointer>;
+
+// The functions of one instruction set, compiled with it (see CMakeLists.txt).
+#define PENJING_TABLE(isa)                                                                                             \
+  namespace isa {                                                                                                      \
+  Function<decltype(Kernels::float_product)> float_product;                                                            \
+  Function<decltype(Kernels::decode_panel)> decode_panel;                                                              \
+  Function<decltype(Kernels::int8_product)> int8_product;                                                              \
+  Function<decltype(Kernels::range)> range;                                                                            \
+  Function<decltype(Kernels::encode_bytes)> encode_bytes;                                                              \
+  Function<decltype(Kernels::encode_quads)> encode_quads;                                                              \
+  Function<decltype(Kernels::to_float)> to_float;                                                                      \
+  Function<decltype(Kernels::group_ranges)> group_ranges;                                                              \
+  Function<decltype(Kernels::encode_groups)> encode_groups;                                                            \
+  Function<decltype(Kernels::pack)> pack;                                                                              \
+  Function<decltype(Kernels::unpack)> unpack;                                                                          \
+  Function<decltype(Kernels::has_nonfinite)> has_nonfinite;                                                            \
+  Function<decltype(Kernels::compress)> compress;                                                                      \
+  Function<decltype(Kernels::expand)> expand;                                                                          \
+  constexpr Kernels table = {                                                                                          \
+      float_product, decode_panel,  int8_product, range,  encode_bytes,  encode_quads, to_float,                       \
+      group_ranges,  encode_groups, pack,         unpack, has_nonfinite, compress,     expand};                        \
+  }
+
+PENJING_TABLE(scalar)
+#if defined(__x86_64__)
+PENJING_TABLE(avx2)
+PENJING_TABLE(avx512_vnni)
+#endif
+
+const Kernels &kernels() {
+  static const Kernels &chosen = [&]() -> const Kernels & {
+#if defined(__x86_64__)
+    switch (active_isa()) {
+    case Isa::avx512_vnni: return avx512_vnni::table;
+    case Isa::avx2: return avx2::table;
+    default: break;
+    }
+#endif
+    return scalar::table;
+  }();
+  return chosen;
+}
+
+} // namespace penjing

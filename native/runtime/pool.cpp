@@ -1,0 +1,190 @@
+#include "runtime/pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <fstream>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace penjing {
+namespace {
+
+// Spins before a thread goes to sleep: about 20 microseconds, the gap between two products of a decoder layer.
+constexpr int spins = 1000;
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Processors that the control group's quota pays for, or a large number without one.
+int quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string limit;
+  double period = 0;
+  if (file >> limit >> period && limit != "max" && period > 0)
+    return std::max(1, static_cast<int>(std::ceil(std::stod(limit) / period)));
+  return 1 << 16;
+}
+
+int processors() {
+  int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    count = CPU_COUNT(&set);
+#endif
+  return std::clamp(std::min(count, quota()), 1, 256);
+}
+
+class Pool {
+public:
+  explicit Pool(int size) {
+    for (int i = 1; i < size; ++i)
+      workers_.emplace_back([this] { work(); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+      round_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (std::thread &worker : workers_)
+      worker.join();
+  }
+
+  void run(int64_t count, const std::function<void(int64_t)> &task) {
+    task_ = &task;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    round_.fetch_add(1); // publishes the above, to spinning and to sleeping workers
+    if (sleeping_.load() > 0) {
+      {
+        std::lock_guard lock(mutex_);
+      }
+      wake_.notify_all();
+    }
+    take(task, count);
+    for (int spin = 0; busy_.load(std::memory_order_acquire) > 0; ++spin)
+      spin < spins ? relax() : std::this_thread::yield();
+  }
+
+private:
+  void take(const std::function<void(int64_t)> &task, int64_t count) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+      task(i);
+  }
+
+  void work();
+
+  uint64_t await(uint64_t seen) {
+    for (int spin = 0; spin < spins; ++spin) {
+      if (const uint64_t now = round_.load(); now != seen)
+        return now;
+      relax();
+    }
+    std::unique_lock lock(mutex_);
+    sleeping_.fetch_add(1);
+    wake_.wait(lock, [&] { return round_.load() != seen; });
+    sleeping_.fetch_sub(1);
+    return round_.load();
+  }
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> sleeping_{0}, busy_{0};
+  std::atomic<int64_t> next_{0};
+  const std::function<void(int64_t)> *task_ = nullptr;
+  int64_t count_ = 0;
+  bool stopping_ = false;
+};
+
+thread_local bool inside = false; // of a task: a loop within a loop runs inline
+
+void Pool::work() {
+  inside = true;
+  for (uint64_t seen = 0;;) {
+    seen = await(seen);
+    if (stopping_)
+      return;
+    take(*task_, count_);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+// One pool a process; a fork leaves the parent's threads behind, so the child forgets the pool and starts its own.
+struct Shared {
+  std::mutex mutex;
+  Pool *pool = nullptr;
+  int size = processors();
+};
+
+Shared &shared() {
+  static Shared *instance = [] {
+    auto *made = new Shared; // never destroyed: threads may outlive static destruction
+    pthread_atfork([] { shared().mutex.lock(); }, [] { shared().mutex.unlock(); },
+                   [] {
+                     shared().pool = nullptr;
+                     shared().mutex.unlock();
+                   });
+    return made;
+  }();
+  return *instance;
+}
+
+} // namespace
+
+int threads() {
+  std::lock_guard lock(shared().mutex);
+  return shared().size;
+}
+
+void set_threads(int count) {
+  if (count < 1 || count > 256)
+    throw std::invalid_argument("threads=" + std::to_string(count) + ": give 1 to 256");
+  std::lock_guard lock(shared().mutex);
+  if (count == shared().size)
+    return;
+  delete shared().pool;
+  shared().pool = nullptr;
+  shared().size = count;
+}
+
+void parallel_for(int64_t count, const std::function<void(int64_t)> &task) {
+  std::unique_lock<std::mutex> lock;
+  if (count > 1 && !inside)
+    lock = std::unique_lock(shared().mutex, std::try_to_lock);
+  if (!lock.owns_lock() || shared().size == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      task(i);
+    return;
+  }
+  if (!shared().pool)
+    shared().pool = new Pool(shared().size);
+  inside = true;
+  shared().pool->run(count, task);
+  inside = false;
+}
+
+} // namespace penjing

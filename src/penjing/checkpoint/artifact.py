@@ -1,0 +1,145 @@
+"""What makes a folder of shards a model that others load: index, side files, penjing.json and config.json.
+
+config.json says how each module is stored, in compressed-tensors' words. It is written last: a folder without it is
+not a model yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..recipe import Quantize
+from .atomic import replacing, sync_folder, write_json
+from .folder import CONFIG, INDEX, Checkpoint, module_of
+from .plan import Plan
+from .storage import layout
+
+# shard → sha256, bytes, tensors (name → bytes), zeros (module → count)
+Entries = Mapping[str, dict[str, Any]]
+
+
+def quantization_config(plan: Plan) -> dict[str, Any] | None:
+    """config.json's ``quantization_config``; None when all weights are stored plainly.
+
+    A bitmask has ``quant_method`` "penjing", so that other programs refuse it instead of finding weights missing.
+    """
+    quantized = {module: rule.quantize for module, rule in plan.rules.items() if rule.quantize is not None}
+    bitmask = plan.bitmask
+    if not quantized and not bitmask:
+        return None
+    settings = list(dict.fromkeys(quantized.values()))
+    groups = {}
+    for index, quantize in enumerate(settings):
+        modules = [module for module, its in quantized.items() if its == quantize]
+        groups[f"group_{index}"] = {
+            "targets": ["Linear"] if len(settings) == 1 else modules,
+            "weights": _weights(quantize),
+            "input_activations": _ACTIVATIONS if quantize.activations == "int8" else None,
+            "output_activations": None,
+            "format": layout(quantize),
+        }
+    layouts = {layout(quantize) for quantize in settings}
+    config: dict[str, Any] = {
+        "quant_method": "penjing" if bitmask else "compressed-tensors",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision" if layouts else "dense",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted({"lm_head", *_plain_modules(plan, quantized)}),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    if bitmask:
+        config["sparsity_config"] = {"format": "sparse-bitmask", "sparsity_structure": "unstructured"}
+    return config
+
+
+def _plain_modules(plan: Plan, quantized: Container[str]) -> Iterator[str]:
+    """Linear layers that are stored plainly; embeddings are none, so readers need not be told."""
+    for name, info in plan.checkpoint.infos.items():
+        module = module_of(name)
+        if name.endswith(".weight") and len(info.shape) == 2 and module not in quantized and "embed" not in module:
+            yield module
+
+
+_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def _weights(quantize: Quantize) -> dict[str, Any]:
+    strategy = {-1: "channel", 0: "tensor"}.get(quantize.group_size, "group")
+    return {
+        "num_bits": quantize.bits,
+        "type": "int",
+        "symmetric": quantize.symmetric,
+        "strategy": strategy,
+        "group_size": quantize.group_size if strategy == "group" else None,
+        "dynamic": False,
+    }
+
+
+def write_index(output: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
+    """model.safetensors.index.json of several shards; shards: file → its tensors → their bytes."""
+    places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    total = sum(size for tensors in shards.values() for size in tensors.values())
+    write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def copy_side_files(checkpoint: Checkpoint, output: Path) -> None:
+    """Tokenizer, generation settings and the like, each put in place whole."""
+    for file in checkpoint.side_files():
+        with replacing(output / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    sync_folder(output)
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """One SHA-256 for all weight files, as ``sha256sum *.safetensors | sha256sum`` makes it; files: name → SHA-256."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries: Entries) -> dict[str, Any]:
+    """penjing.json: everything about the artifact that does not change from run to run.
+
+    files: all names that the run writes.  entries: shard → what the journal says of it.
+    """
+    weights = {name: {"sha256": entry["sha256"], "bytes": entry["bytes"]} for name, entry in entries.items()}
+    size = sum(entry["bytes"] for entry in entries.values())
+    parameters = sum(info.size for info in plan.checkpoint.infos.values())
+    targeted = sum(plan.weight(module).size for module in plan.rules)
+    sizes = [item for entry in entries.values() for item in entry["tensors"].items()]
+    stored = sum(nbytes for name, nbytes in sizes if module_of(name) in plan.rules and not name.endswith(".bias"))
+    zeros = sum(count for entry in entries.values() for count in entry["zeros"].values())
+    rules = list(dict.fromkeys(plan.rules.values()))
+    infos = plan.checkpoint.infos
+    return {
+        "penjing": __version__,
+        "identity": identity,
+        "recipe": plan.recipe.to_json(),
+        "resolved": {
+            "rules": [asdict(rule) for rule in rules],
+            "modules": {module: rules.index(rule) for module, rule in plan.rules.items()},
+            "left_as_is": [name for shard in plan.shards for name in shard.copies if len(infos[name].shape) > 1],
+        },
+        "files": list(files),
+        "weights": weights,
+        "digest": digest_of({name: entry["sha256"] for name, entry in weights.items()}),
+        "size_bytes": size,
+        "original_size_bytes": sum((plan.checkpoint.path / n).stat().st_size for n in plan.checkpoint.weight_files),
+        "parameters": parameters,
+        "bits_per_weight": 8 * sum(nbytes for _, nbytes in sizes) / parameters,
+        "target_bits_per_weight": 8 * stored / targeted,
+        "sparsity": zeros / targeted,
+        "blocks": plan.blocks,
+        "evaluation": None,
+    }
+
+
+def complete(output: Path, config: dict[str, Any]) -> None:
+    """Write config.json: from now on the folder is a model."""
+    write_json(output / CONFIG, config)

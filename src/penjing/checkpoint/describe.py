@@ -1,0 +1,131 @@
+"""What a checkpoint is, from config.json and tensor headers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadInput
+from .atomic import read_json
+from .blocks import order_blocks
+from .folder import Checkpoint, is_part, module_of, open_checkpoint
+
+_ROLES = (
+    ("embedding", ("embed", "wte", "wpe")),
+    ("head", ("lm_head",)),
+    ("norms", ("norm", "ln_")),
+    ("attention", ("attn", "attention")),
+    ("mlp", ("mlp", "feed_forward", "experts", "moe")),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """parameters: numbers of the model, not of its storage.  bits_per_weight: all bytes of tensors over them.
+
+    sparsity: share of zeros in the compressed modules, as compress counted it or as bitmasks show; None when unknown,
+    which it is for plain weights (they are not read).  roles: role → parameters and bytes.
+    """
+
+    path: str
+    family: str
+    parameters: int
+    layers: int
+    size_bytes: int
+    bits_per_weight: float
+    sparsity: float | None
+    format: str
+    activations: str
+    files: int
+    roles: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        sparse = "unknown (weights are not read)" if self.sparsity is None else f"{self.sparsity:.1%}"
+        lines = [
+            f"{'model':<16}{self.path}",
+            f"{'family':<16}{self.family}, {self.layers} layers",
+            f"{'parameters':<16}{self.parameters:,}",
+            f"{'size':<16}{self.size_bytes:,} bytes in {self.files} file{'s' if self.files > 1 else ''}",
+            f"{'bits per weight':<16}{self.bits_per_weight:.3f}",
+            f"{'format':<16}{self.format}, activations {self.activations}",
+            f"{'sparsity':<16}{sparse}",
+            "",
+            f"{'role':<12}{'parameters':>16}{'bytes':>16}{'bits':>8}",
+        ]
+        for role, sizes in self.roles.items():
+            bits = 8 * sizes["bytes"] / max(sizes["parameters"], 1)
+            lines.append(f"{role:<12}{sizes['parameters']:>16,}{sizes['bytes']:>16,}{bits:>8.3f}")
+        return "\n".join(lines)
+
+
+def describe(path: str | Path) -> Summary:
+    """Inspect a folder; raises what `open_checkpoint` raises."""
+    checkpoint = open_checkpoint(path)
+    roles: dict[str, dict[str, int]] = {}
+    for name, info in checkpoint.infos.items():
+        sizes = roles.setdefault(_role(name), {"parameters": 0, "bytes": 0})
+        sizes["bytes"] += info.nbytes
+    for name in checkpoint.names:
+        roles[_role(name)]["parameters"] += _parameters(checkpoint, name)
+    parameters = sum(sizes["parameters"] for sizes in roles.values())
+    stored = sum(sizes["bytes"] for sizes in roles.values())
+    layers = checkpoint.config.get("num_hidden_layers")
+    return Summary(
+        path=str(checkpoint.path),
+        family=str(checkpoint.config.get("model_type", "unknown")),
+        parameters=parameters,
+        layers=layers if isinstance(layers, int) else sum(b.is_layer for b in order_blocks(checkpoint.names)),
+        size_bytes=sum((checkpoint.path / file).stat().st_size for file in checkpoint.weight_files),
+        bits_per_weight=8 * stored / max(parameters, 1),
+        sparsity=_sparsity(checkpoint),
+        format=_format(checkpoint),
+        activations="int8" if any(scheme.activations == "int8" for scheme in checkpoint.schemes) else "float",
+        files=len(checkpoint.weight_files),
+        roles=dict(sorted(roles.items())),
+    )
+
+
+def _role(name: str) -> str:
+    for role, words in _ROLES:
+        if any(word in name for word in words):
+            return role
+    return "other"
+
+
+def _parameters(checkpoint: Checkpoint, name: str) -> int:
+    """Numbers in a tensor of `Checkpoint.names`; of packed ones what their shape says."""
+    if name in checkpoint.infos:
+        return checkpoint.infos[name].size
+    module = module_of(name)
+    shape = next(part for part in ("weight_shape", "weight.shape") if f"{module}.{part}" in checkpoint.infos)
+    return math.prod(int(size) for size in checkpoint.read(f"{module}.{shape}"))
+
+
+def _sparsity(checkpoint: Checkpoint) -> float | None:
+    if (checkpoint.path / "penjing.json").exists():
+        noted = read_json(checkpoint.path / "penjing.json", BadInput)
+        if isinstance(noted, dict) and isinstance(noted.get("sparsity"), int | float):
+            return float(noted["sparsity"])
+    return None
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    """Number formats of the weights: ``bfloat16``, ``int4 g128``, ``int8 bitmask``, joined by commas."""
+    plain = [info for name, info in checkpoint.infos.items() if name.endswith(".weight") and len(info.shape) == 2]
+    compressed = sorted({module_of(name) for name in checkpoint.infos if is_part(name)})
+    found = set()
+    for module in compressed:
+        words = []
+        if f"{module}.weight_scale" in checkpoint.infos:
+            grid = checkpoint.scheme(module).grid
+            step = {-1: "channel", 0: "tensor"}.get(grid.group_size, f"g{grid.group_size}")
+            words += [f"int{grid.bits} {step}", *([] if grid.symmetric else ["asymmetric"])]
+        else:
+            words.append(str(checkpoint.infos[f"{module}.weight.compressed"].dtype))
+        found.add(" ".join([*words, *(["bitmask"] if f"{module}.weight.bitmask" in checkpoint.infos else [])]))
+    if not found:
+        found = {str(np.dtype(info.dtype)) for info in plain or checkpoint.infos.values()}
+    return ", ".join(sorted(found))

@@ -1,0 +1,93 @@
+"""`penjing compress`: a checkpoint folder, quantized and pruned block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def compress(
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a Hugging Face model."),
+    output: Path = typer.Option(..., "-o", "--output", metavar="OUT", help="Folder for the result: empty or new."),
+    recipe: str | None = typer.Option(None, help="A file (YAML, JSON) or a preset: int4, int8, w8a8, int4-sparse50 …"),
+    method: str | None = typer.Option(None, help="Quantization method: rtn."),
+    bits: int | None = typer.Option(None, help="Bits of a weight, 2 to 8."),
+    group_size: int | None = typer.Option(None, help="Columns that share a step; -1: one step a row."),
+    symmetric: bool | None = typer.Option(None, "--symmetric/--asymmetric", help="Without or with zero points."),
+    activations: str | None = typer.Option(None, help="none, or int8: W8A8, the server quantizes inputs by token."),
+    observer: str | None = typer.Option(None, help="Range of a group: minmax, percentile, mse."),
+    prune_method: str | None = typer.Option(None, help="l1, l2 (the same for single weights) or random."),
+    sparsity: float | None = typer.Option(None, help="Share of the weights that is removed, in (0, 1)."),
+    pattern: str | None = typer.Option(None, help="unstructured, or N:M (keep N of each M in a row)."),
+    scope: str | None = typer.Option(None, help="Weights are ranked within a row or a tensor."),
+    ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
+    sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
+    calibration: Path | None = typer.Option(None, help="Text for methods that need it (rtn and magnitude do not)."),
+    samples: int | None = typer.Option(None, help="Texts of the calibration data that are used."),
+    sequence_length: int | None = typer.Option(None, help="Tokens of each calibration text."),
+    memory_limit: str | None = typer.Option(
+        None, metavar="SIZE", help="Peak memory, e.g. 4GiB; refused if too little."
+    ),
+    shard_size: str = typer.Option("64MiB", metavar="SIZE", help="Original bytes that share a file of the result."),
+    check: str = typer.Option("sample", help="Blocks whose logits the self-check compares: sample, full or none."),
+    evaluate: Path | None = typer.Option(None, metavar="FILE", help="Held-out text: measure ΔL and note it."),
+    seed: int | None = typer.Option(None, help="For methods that draw."),
+    restart: bool = typer.Option(False, "--restart", help="Throw away what an earlier run wrote, and begin again."),
+    json_output: bool = typer.Option(False, "--json", help="One JSON object."),
+) -> None:
+    """Compress a checkpoint, one block in memory at a time; after a crash the same command goes on where it was.
+
+    Example: penjing compress examples/novelist -o out --bits 4 --group-size 64
+    """
+    import dataclasses
+    import json
+    import sys
+
+    from ..compress import compress as run
+    from ._common import parse_size, progress_bar
+
+    if calibration is not None:
+        _check_calibration(calibration)
+        print("penjing: no method of this recipe needs calibration data; it is not used", file=sys.stderr)
+    if sparse_storage == "bitmask":
+        print(
+            "penjing: bitmask storage is smaller, and only Penjing reads it;"
+            " penjing export --format compressed-tensors makes the form that everything reads",
+            file=sys.stderr,
+        )
+    with progress_bar("compressing") as progress:
+        result = run(
+            model,
+            output,
+            recipe,
+            sparse_storage=sparse_storage,  # type: ignore[arg-type]
+            memory_limit=parse_size(memory_limit, "--memory-limit") if memory_limit else None,
+            shard_bytes=parse_size(shard_size, "--shard-size"),
+            restart=restart,
+            check=check,  # type: ignore[arg-type]
+            evaluate=evaluate,
+            progress=progress,
+            method=method,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            activations=activations,
+            observer=observer,
+            prune_method=prune_method,
+            sparsity=sparsity,
+            pattern=pattern,
+            scope=scope,
+            ignore=ignore or None,
+            seed=seed,
+        )
+    print(json.dumps(dataclasses.asdict(result)) if json_output else result)
+
+
+def _check_calibration(file: Path) -> None:
+    from ..errors import BadInput
+
+    if not file.is_file():
+        raise BadInput(f"--calibration {file}: there is no such file")
+    if not file.read_bytes()[:1_000_000].strip():
+        raise BadInput(f"--calibration {file}: the file is empty; give a text like those the model will see")

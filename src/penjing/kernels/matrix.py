@@ -1,0 +1,107 @@
+"""Matrix products with float activations on weights of any layout, and int8 × int8."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _native
+from ..errors import BadInput
+from ..formats.affine import AffineTensor
+from ..formats.bitmask import BitmaskTensor
+from ._bits import float_bits, is_bfloat16
+from .stream import bitmask_decode
+
+# From this share of zeros on, a bitmask and the non-zeros are smaller than int4 codes and read faster.
+SPARSE_FROM = 0.4
+
+
+class Matrix:
+    """A weight (out, in) in the layout of its kernel; made by `matrix_from`.
+
+    rows: out.  columns: in.  nbytes: bytes it takes in memory.  layout: what it holds, such as "int4",
+    "bfloat16-sparse" or "int8-int8" (activations quantized too).
+    """
+
+    __slots__ = ("_native", "columns", "layout", "nbytes", "rows")
+
+    def __init__(self, native: _native.Matrix) -> None:
+        self._native = native
+        self.rows, self.columns = native.rows, native.columns
+        self.nbytes, self.layout = native.nbytes, native.layout
+
+    def __call__(
+        self, x: NDArray[np.float32], bias: NDArray[np.float32] | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """x (m, in) float32 → x @ weightᵀ + bias, (m, out) float32, in ``out`` when given."""
+        return self._native.multiply(np.ascontiguousarray(x, np.float32), bias, out)
+
+    def decode(self, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
+        """The numbers that the layout stands for, all rows or those given: float32 (rows, in)."""
+        wanted = np.arange(self.rows)
+        if isinstance(rows, slice):
+            wanted = wanted[rows]
+        elif rows is not None:
+            wanted = np.ascontiguousarray(rows, np.int64)
+        return self._native.decode(wanted)
+
+    def __repr__(self) -> str:
+        return f"Matrix({self.rows} × {self.columns}, {self.layout}, {self.nbytes} bytes)"
+
+
+def matrix_from(
+    weight: NDArray[Any] | AffineTensor | BitmaskTensor,
+    *,
+    activations: Literal["float", "int8"] = "float",
+    sparse: bool | None = None,
+) -> Matrix:
+    """A weight (out, in), put into the layout of its kernel.
+
+    weight: float32, float16 or bfloat16 array, an AffineTensor, or a BitmaskTensor of floats.
+    activations: "float" keeps them; "int8" quantizes each row of x on the fly, symmetrically (8-bit weights with one
+    step a row or a tensor).  sparse: keep a bitmask and the non-zeros, expanded in registers; None does so from 40 %
+    zeros on.  Raises BadInput for combinations that no kernel has.
+    """
+    if activations not in ("float", "int8"):
+        raise BadInput(f"activations={activations!r}: known: float, int8")
+    if isinstance(weight, AffineTensor):
+        return Matrix(_from_affine(weight, activations == "int8", sparse))
+    if activations == "int8":
+        raise BadInput("activations='int8' needs 8-bit weights with one step a row or a tensor; these are floats")
+    if isinstance(weight, BitmaskTensor):
+        weight, sparse = bitmask_decode(weight.values, weight.bitmask, weight.shape), sparse is not False
+    if weight.ndim != 2:
+        raise BadInput(f"a weight of shape {weight.shape}: give a matrix (out, in)")
+    if sparse is None:
+        sparse = int(np.count_nonzero(weight)) <= (1 - SPARSE_FROM) * weight.size
+    return Matrix(_native.matrix_from_floats(float_bits(weight), is_bfloat16(weight), sparse))
+
+
+def _from_affine(tensor: AffineTensor, integer: bool, sparse: bool | None) -> _native.Matrix:
+    grid, rows = tensor.grid, tensor.shape[0]
+    if integer and (grid.bits != 8 or grid.group_size > 0):
+        raise BadInput(
+            f"activations='int8' needs 8-bit weights with one step a row or a tensor; "
+            f"these have {grid.bits} bits and group_size={grid.group_size}"
+        )
+    scale = _a_row_each(tensor.scale, rows)
+    zero_point = None if tensor.zero_point is None else _a_row_each(tensor.zero_point, rows)
+    codes = np.ascontiguousarray(tensor.codes)
+    if sparse is None:
+        sparse = _zeros(codes, zero_point) >= SPARSE_FROM and not (integer and zero_point is not None)
+    return _native.matrix_from_codes(codes, grid.bits, scale, zero_point, integer, sparse)
+
+
+def _a_row_each(steps: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.ascontiguousarray(np.broadcast_to(steps, (rows, steps.shape[1])))
+
+
+def _zeros(codes: NDArray[np.int8], zero_point: NDArray[np.int8] | None) -> float:
+    """The share of codes that stand for 0."""
+    if zero_point is None:
+        kept = np.count_nonzero(codes)
+    else:
+        kept = np.count_nonzero(codes.reshape(*zero_point.shape, -1) != zero_point[..., None])
+    return 1 - int(kept) / codes.size

@@ -1,0 +1,297 @@
+"""Recipes: what to do to which tensors. Written as YAML or JSON, by a preset's name, or by flags; all give a `Recipe`.
+
+    version: 1
+    seed: 0
+    ignore: [lm_head, "re:.*embed"]
+    rules:                                    # the first rule that matches a module decides
+      - targets: "*.down_proj"
+        quantize: {method: rtn, bits: 8, group_size: -1}
+      - targets: "*"
+        prune: {method: l1, sparsity: 0.5}
+        quantize: {method: rtn, bits: 4, group_size: 128, symmetric: true}
+
+A target is a module's name with wildcards (``*``, ``?``), or a regular expression after ``re:``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import BadRecipe, nearest
+
+VERSION = 1
+# What is left alone unless a recipe says otherwise: the head, embeddings, norms, and routers of mixtures of experts.
+IGNORE = ("lm_head", "re:.*embed", "re:.*(wte|wpe)$", "re:.*norm", r"re:.*\.(gate|router)$")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """bits: 2 to 8.  group_size: columns that share a step, -1 a row, 0 the tensor.  symmetric: no zero point.
+
+    activations: "int8" has the server quantize the layer's input token by token (8 bits, one step a row).
+    observer: what the range of a group is: minmax, percentile, mse.
+    """
+
+    method: str = "rtn"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    activations: Literal["none", "int8"] = "none"
+    observer: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise BadRecipe(f"bits={self.bits}: no format has that many; give 2 to 8")
+        if type(self.group_size) is not int or self.group_size < -1:
+            raise BadRecipe(f"group_size={self.group_size}: give columns per step, -1 (a row) or 0 (the tensor)")
+        if self.activations not in ("none", "int8"):
+            raise BadRecipe(f"activations={self.activations!r}: {nearest(str(self.activations), ('none', 'int8'))}")
+        if self.activations == "int8" and not (self.bits == 8 and self.group_size in (-1, 0) and self.symmetric):
+            raise BadRecipe("activations=int8 needs weights of 8 bits, symmetric, with group_size -1 or 0")
+        if self.group_size == 0 and self.activations == "none":
+            raise BadRecipe("group_size=0 (one step a tensor) is only stored with activations=int8; give -1 or more")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """sparsity: the share that goes, in (0, 1).  pattern: "unstructured" or "N:M" (N of M kept).
+
+    scope: weights are ranked within a "row" or within the "tensor".
+    """
+
+    method: str = "l1"
+    sparsity: float = 0.5
+    pattern: str = "unstructured"
+    scope: Literal["row", "tensor"] = "row"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, int | float) or not 0 < self.sparsity < 1:
+            raise BadRecipe(f"sparsity={self.sparsity}: give the share of weights to remove, between 0 and 1")
+        if self.scope not in ("row", "tensor"):
+            raise BadRecipe(f"scope={self.scope!r}: {nearest(str(self.scope), ('row', 'tensor'))}")
+        if self.pattern == "channel":
+            raise BadRecipe(
+                "pattern=channel: whole channels are pruned on modules, with penjing.prune, not on checkpoints"
+            )
+        if self.pattern != "unstructured" and self.keep is None:
+            raise BadRecipe(f"pattern={self.pattern!r}: give unstructured, or N:M with 0 < N < M, such as 2:4")
+
+    @property
+    def keep(self) -> tuple[int, int] | None:
+        """(n, m) of an N:M pattern."""
+        found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
+        if found is None or not 0 < int(found[1]) < int(found[2]):
+            return None
+        return int(found[1]), int(found[2])
+
+    @property
+    def share(self) -> float:
+        """The share of weights that goes; an N:M pattern decides it."""
+        return self.sparsity if self.keep is None else 1 - self.keep[0] / self.keep[1]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done to the modules that one of the targets names: prune, quantize, or both in this order."""
+
+    targets: tuple[str, ...]
+    quantize: Quantize | None = None
+    prune: Prune | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = IGNORE
+    seed: int = 0
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise BadRecipe(f"version={self.version}: this Penjing reads version {VERSION}")
+        if not any(rule.quantize or rule.prune for rule in self.rules):
+            raise BadRecipe("the recipe does nothing: no rule prunes or quantizes")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads back to the same recipe."""
+        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return value
+
+    def resolve(self, modules: Sequence[str]) -> dict[str, Rule]:
+        """The rule of each module that one applies to; BadRecipe for a target or an ignore that matches nothing."""
+        for pattern in self.ignore:
+            if pattern not in IGNORE and not any(matches(pattern, module) for module in modules):
+                raise BadRecipe(f"ignore {pattern!r} matches no module; {nearest(pattern, modules[:8])}")
+        candidates = [name for name in modules if not any(matches(pattern, name) for pattern in self.ignore)]
+        for rule in self.rules:
+            for target in rule.targets:
+                if not any(matches(target, module) for module in candidates):
+                    raise BadRecipe(_no_match(target, modules, candidates))
+        found: dict[str, Rule] = {}
+        for module in candidates:
+            first = next((r for r in self.rules if any(matches(target, module) for target in r.targets)), None)
+            if first is not None and (first.quantize or first.prune):
+                found[module] = first
+        return found
+
+
+def _no_match(target: str, modules: Sequence[str], candidates: Sequence[str]) -> str:
+    if any(matches(target, module) for module in modules):
+        return f"target {target!r} matches only modules that are ignored; take them out of ignore"
+    return f"target {target!r} matches no module with a matrix; {nearest(target, candidates[:8] or modules[:8])}"
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Does a target or an ignore name the module? ``Linear``, the field's word for all matrices, does."""
+    if pattern == "Linear":
+        return True
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error as error:
+            raise BadRecipe(f"{pattern!r} is not a regular expression: {error}") from None
+    return fnmatch.fnmatchcase(module, pattern)
+
+
+Settings = TypeVar("Settings", Quantize, Prune)
+
+
+def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise BadRecipe(f"{where}: give an object of settings, not {value!r:.40}")
+    _known(value, [field.name for field in fields(kind)], where)
+    try:
+        return kind(**value)
+    except BadRecipe as error:
+        raise BadRecipe(f"{where}: {error}") from None
+
+
+def _known(value: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in names:
+            raise BadRecipe(f"{where}: unknown key {key!r}; {nearest(str(key), names)}")
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise BadRecipe(f"{where}: give a name or a list of names, not {value!r:.40}")
+    return tuple(texts)
+
+
+def from_json(value: Any, where: str = "recipe") -> Recipe:
+    """A recipe from plain data; BadRecipe names the key that is wrong, and the nearest one that is right."""
+    if not isinstance(value, Mapping):
+        raise BadRecipe(f"{where}: not an object with version and rules")
+    _known(value, [field.name for field in fields(Recipe)], where)
+    if "version" not in value:
+        raise BadRecipe(f"{where}: version is missing; write version: {VERSION}")
+    if not isinstance(value.get("rules"), list | tuple):
+        raise BadRecipe(f"{where}: rules is missing, or not a list")
+    rules = []
+    for index, rule in enumerate(value["rules"]):
+        here = f"{where}: rules[{index}]"
+        if not isinstance(rule, Mapping):
+            raise BadRecipe(f"{here}: not an object with targets, quantize, prune")
+        _known(rule, [field.name for field in fields(Rule)], here)
+        rules.append(
+            Rule(
+                targets=_texts(rule.get("targets", "*"), f"{here}.targets"),
+                quantize=_settings(Quantize, rule.get("quantize"), f"{here}.quantize"),
+                prune=_settings(Prune, rule.get("prune"), f"{here}.prune"),
+            )
+        )
+    ignore = _texts(value["ignore"], f"{where}: ignore") if value.get("ignore") else ()
+    seed = value.get("seed", 0)
+    if type(seed) is not int:
+        raise BadRecipe(f"{where}: seed={seed!r}: give a whole number")
+    return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"])
+
+
+_SCHEMES = {
+    "int4": Quantize(bits=4),
+    "int8": Quantize(bits=8, group_size=-1),
+    "w8a8": Quantize(bits=8, group_size=-1, activations="int8"),
+}
+_SCHEMES |= {f"w{bits}a16": Quantize(bits=bits) for bits in (2, 3, 4, 5, 6, 7)}
+_SCHEMES |= {"w4a16_asym": Quantize(bits=4, symmetric=False), "w8a16": _SCHEMES["int8"]}
+PRESETS = (*_SCHEMES, "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of a preset or a scheme's word (``int4``, ``W4A16``); ``-sparseNN`` prunes NN % by magnitude first."""
+    word = name.lower()
+    scheme, _, percent = word.partition("sparse")
+    scheme = scheme.removesuffix("-")
+    known = scheme in _SCHEMES or (not scheme and percent)
+    if not known or (percent and not re.fullmatch(r"[1-9]\d?", percent)) or (word.endswith("sparse")):
+        raise BadRecipe(f"recipe {name!r} is neither a file nor a preset; {nearest(word, PRESETS)}")
+    prune = Prune(sparsity=int(percent) / 100) if percent else None
+    return Recipe((Rule(("*",), _SCHEMES.get(scheme), prune),))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """A recipe from a file (YAML or JSON), a preset's name, plain data, or as it is."""
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return from_json(source)
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
+        return preset(str(source))
+    import yaml
+
+    try:
+        return from_json(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except OSError as error:
+        raise BadRecipe(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def build(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, **settings: Any) -> Recipe:
+    """The recipe that a preset, a file or nothing, and single settings on top of it, make together.
+
+    settings: the fields of `Quantize` and of `Prune` (there ``method`` is called ``prune_method``), ``ignore`` and
+    ``seed``; None leaves a setting as it is. They change every rule of the recipe; without one they make a rule for
+    all modules.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    ignore, seed = given.pop("ignore", None), given.pop("seed", None)
+    prune = {"method": given.pop("prune_method")} if "prune_method" in given else {}
+    prune |= {name: given.pop(name) for name in ("sparsity", "pattern", "scope") if name in given}
+    for name in given:
+        if name not in (field.name for field in fields(Quantize)):
+            raise BadRecipe(f"unknown setting {name!r}; {nearest(name, SETTINGS)}")
+    if recipe is None and not given and not prune:
+        raise BadRecipe(f"nothing to do: give a recipe ({', '.join(PRESETS[:4])}, a file), bits or a sparsity")
+    if recipe is not None:
+        made = load_recipe(recipe)
+    else:
+        made = Recipe((Rule(("*",), Quantize() if given else None, Prune() if prune else None),))
+    rules = tuple(_changed(rule, given, prune) for rule in made.rules)
+    return dataclasses.replace(
+        made,
+        rules=rules,
+        ignore=made.ignore if ignore is None else _texts(ignore, "ignore"),
+        seed=made.seed if seed is None else seed,
+    )
+
+
+_FIELDS = (*fields(Quantize), *fields(Prune)[1:])
+SETTINGS = (*(field.name for field in _FIELDS), "prune_method", "ignore", "seed")
+
+
+def _changed(rule: Rule, quantize: Mapping[str, Any], prune: Mapping[str, Any]) -> Rule:
+    new_quantize = dataclasses.replace(rule.quantize or Quantize(), **quantize) if quantize else rule.quantize
+    new_prune = dataclasses.replace(rule.prune or Prune(), **prune) if prune else rule.prune
+    return Rule(rule.targets, new_quantize, new_prune)

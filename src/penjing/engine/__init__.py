@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""The engine: many requests share one model. `Engine.add`, `Engine.step`, `Engine.abort`; `process` runs it apart."""

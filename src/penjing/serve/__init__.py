@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""The service: OpenAI's interface over HTTP on the engine. Needs no torch."""

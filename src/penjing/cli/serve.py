@@ -1,0 +1,67 @@
+"""`penjing serve`: the OpenAI-compatible service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of them."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 for a free one."),
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="PENJING_API_KEY", help="Key that clients must send; may be given several times."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients call the model; may be given several times. The folder's name by default."),
+    ] = None,
+    max_model_len: int | None = typer.Option(None, min=1, help="Tokens of prompt and answer; what fits by default."),
+    max_num_seqs: int = typer.Option(64, min=1, help="Sequences that compute at once."),
+    max_num_batched_tokens: int = typer.Option(512, min=1, help="Tokens that are computed in one step."),
+    max_num_queued_reqs: int = typer.Option(256, min=0, help="Sequences that may wait before 429; 0 for any number."),
+    kv_cache_dtype: str = typer.Option("auto", help="auto or float32."),
+    memory_budget: str | None = typer.Option(
+        None, metavar="SIZE", help="For weights, caches and all, e.g. 4GiB; nine tenths of what there is by default."
+    ),
+    threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
+    shutdown_timeout: float = typer.Option(30.0, min=0, help="Seconds that requests have to finish after SIGTERM."),
+    chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
+) -> None:
+    """Serve a model over OpenAI's interface, with streaming, until SIGTERM or Ctrl-C.
+
+    Example: penjing serve examples/novelist --port 8000
+    """
+    import logging
+
+    from ..engine.messages import Load
+    from ..errors import Unsupported
+    from ..serve.server import serve as run
+    from ..serve.service import Settings
+    from ._common import parse_size
+
+    if kv_cache_dtype not in ("auto", "float32"):
+        raise Unsupported(f"--kv-cache-dtype={kv_cache_dtype!r}: the cache is kept in float32; give auto or float32")
+    logging.basicConfig(level=logging.WARNING, format="penjing: %(message)s")
+    logging.getLogger("penjing").setLevel(logging.INFO)
+    load = Load(
+        folder=model,
+        memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
+        threads=threads,
+    )
+    settings = Settings(
+        load=load,
+        names=tuple(served_model_name or ()) or (Path(model).resolve().name,),
+        api_keys=tuple(api_key or ()),
+        max_num_queued_reqs=max_num_queued_reqs,
+        shutdown_timeout=shutdown_timeout,
+        chat_template=Path(chat_template) if chat_template else None,
+    )
+    run(settings, host, port)

@@ -1,0 +1,55 @@
+"""`penjing bench`: how fast a model is on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engine.bench import Benchmark
+
+
+def bench(
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
+    runs: int = typer.Option(5, min=1, help="Runs of each measurement; the median counts."),
+    decode_tokens: int = typer.Option(64, min=2, help="Tokens that each stream writes."),
+    json_output: bool = typer.Option(False, "--json", help="One JSON object."),
+) -> None:
+    """Prefill and decode speed through the engine, and the share of the memory's bandwidth that decoding reaches.
+
+    Example: penjing bench examples/novelist --threads 2
+    """
+    import json
+
+    from ..engine.bench import bench as measure
+    from ._common import progress_bar
+
+    with progress_bar("measuring") as progress:
+        result = measure(model, threads=threads, runs=runs, decode_tokens=decode_tokens, progress=progress)
+    if json_output:
+        print(json.dumps(result.to_dict()))
+    else:
+        _print_table(result)
+
+
+def _print_table(result: Benchmark) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "tokens/s", "least – most")
+    rows = {f"prefill, {result.prefill_tokens} tokens": result.prefill}
+    rows |= {f"decode, {streams} stream{'s' * (streams > 1)}": each for streams, each in result.decode.items()}
+    for name, each in rows.items():
+        table.add_row(name, f"{each.median:.1f}", f"{each.low:.1f} – {each.high:.1f}")
+    console = Console()
+    console.print(table)
+    mib = 1 << 20
+    console.print(
+        f"Medians of {result.runs} runs with {result.threads} threads. Weights {result.weights_bytes / mib:,.1f} MiB, "
+        f"loaded in {result.load_seconds:.2f} s; peak memory {result.peak_rss_bytes / mib:,.0f} MiB.\n"
+        f"Decoding one stream reads {result.bandwidth_fraction:.0%} of the {result.bandwidth_gbps:g} GB/s "
+        "that memory gives.",
+        soft_wrap=True,
+    )

@@ -1,0 +1,172 @@
+"""How fast a model is on this machine, measured through the engine, as a service would use it."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from .. import hardware
+from ..errors import BadInput
+from ..models import Model
+from .engine import Engine
+from .messages import Load, Request, SamplingParams
+from .process import load
+
+PREFILL_TOKENS = 512
+DECODE_PROMPT = 16
+STREAMS = (1, 8)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some runs, with the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Speeds in tokens per second.
+
+    decode: number of streams → speed of all of them together.  bandwidth_fraction: what one stream reads a second
+    (weights, and its cache at its mean length) over what memory gives.  prefill_tokens: length of the prompt, 512 or as
+    much as the model's window takes.  peak_rss_bytes: of this process.
+    """
+
+    prefill: Spread
+    decode: dict[int, Spread]
+    prefill_tokens: int
+    decode_tokens: int
+    runs: int
+    threads: int
+    weights_bytes: int
+    bandwidth_gbps: float
+    bandwidth_fraction: float
+    peak_rss_bytes: int
+    load_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `penjing bench --json` prints it."""
+        return {
+            "prefill_tokens_per_second": round(self.prefill.median, 2),
+            "decode_tokens_per_second": {str(streams): round(each.median, 2) for streams, each in self.decode.items()},
+            "weights_bytes": self.weights_bytes,
+            "bandwidth_fraction": round(self.bandwidth_fraction, 4),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "load_seconds": round(self.load_seconds, 3),
+            "spread": {
+                "prefill": [round(self.prefill.low, 2), round(self.prefill.high, 2)],
+                "decode": {
+                    str(streams): [round(each.low, 2), round(each.high, 2)] for streams, each in self.decode.items()
+                },
+            },
+            "prefill_tokens": self.prefill_tokens,
+            "decode_tokens": self.decode_tokens,
+            "runs": self.runs,
+            "threads": self.threads,
+            "bandwidth_gbps": self.bandwidth_gbps,
+        }
+
+
+def bench(
+    model: str | Path,
+    *,
+    threads: int | None = None,
+    runs: int = 5,
+    decode_tokens: int = 64,
+    progress: Callable[[float, float], None] = lambda done, total: None,
+) -> Benchmark:
+    """Measure prefill of a 512-token prompt and decode of 1 and of 8 streams: the median of ``runs``, greedy.
+
+    threads: all cores by default.  decode_tokens: written in each stream, after a prompt of 16.
+    Raises BadInput if the model's window is too short for that.
+    """
+    if runs < 1 or decode_tokens < 2:
+        raise BadInput(f"runs={runs}, decode_tokens={decode_tokens}: at least one run of two tokens is needed")
+    threads = threads or hardware.cores()
+    settings = Load(
+        folder=str(model), max_num_seqs=max(STREAMS), max_num_batched_tokens=PREFILL_TOKENS, threads=threads
+    )
+    engine, ready = load(settings)
+    window = engine.limits.max_model_len
+    if window < DECODE_PROMPT + decode_tokens:
+        raise BadInput(f"{model}: {DECODE_PROMPT} + {decode_tokens} tokens do not fit into its window of {window}")
+    prompt_length = min(PREFILL_TOKENS, window - 1)
+    total = runs * (1 + len(STREAMS)) + 1
+    done = iter(range(1, total + 1))
+    prefill: list[float] = []
+    decode: dict[int, list[float]] = {streams: [] for streams in STREAMS}
+    _decode(engine, 1, 2)  # pages touched, threads started
+    progress(next(done), total)
+    for _ in range(runs):  # alternating, so that a slow moment of the machine meets all of them
+        prefill.append(_prefill(engine, prompt_length))
+        progress(next(done), total)
+        for streams in STREAMS:
+            decode[streams].append(_decode(engine, streams, decode_tokens))
+            progress(next(done), total)
+    single = Spread.of(decode[1])
+    bandwidth = hardware.bandwidth_gbps()
+    read = bytes_read_per_token(cast(Model, engine.model), DECODE_PROMPT + decode_tokens / 2)
+    return Benchmark(
+        prefill=Spread.of(prefill),
+        decode={streams: Spread.of(values) for streams, values in decode.items()},
+        prefill_tokens=prompt_length,
+        decode_tokens=decode_tokens,
+        runs=runs,
+        threads=threads,
+        weights_bytes=ready.weights_bytes,
+        bandwidth_gbps=bandwidth,
+        bandwidth_fraction=read * single.median / (bandwidth * 1e9),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        load_seconds=ready.load_seconds,
+    )
+
+
+def _prefill(engine: Engine, length: int) -> float:
+    """Tokens per second from the request to its first token."""
+    prompt = _random_tokens(engine, length)
+    start = time.perf_counter()
+    for _ in engine.run(Request("prefill", prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))):
+        pass
+    return length / (time.perf_counter() - start)
+
+
+def _decode(engine: Engine, streams: int, tokens: int) -> float:
+    """Tokens per second of all streams, from the moment when each has its first."""
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    for stream in range(streams):
+        engine.add(Request(f"decode-{stream}", _random_tokens(engine, DECODE_PROMPT, seed=stream), params))
+    written = 0
+    while written < streams:
+        written += sum(len(event.tokens) for event in engine.step())
+    start, already = time.perf_counter(), written
+    while engine.has_work:
+        written += sum(len(event.tokens) for event in engine.step())
+    return (written - already) / (time.perf_counter() - start)
+
+
+def _random_tokens(engine: Engine, count: int, seed: int = 0) -> list[int]:
+    random = np.random.default_rng(seed)
+    return [int(token) for token in random.integers(0, engine.model.config.vocab_size, count)]
+
+
+def bytes_read_per_token(model: Model, length: float) -> float:
+    """Bytes that one token of one stream takes from memory, with ``length`` tokens before it.
+
+    All weights but the embedding, of which one row is read, unless it is the output head as well; keys and values.
+    """
+    unread = 0 if model.config.tied_embeddings else model.embedding.nbytes
+    return model.weights_bytes - unread + length * model.kv_bytes_per_token

@@ -62,7 +62,7 @@ class Benchmark:
         """As `penjing bench --json` prints it."""
         return {
             "prefill_tokens_per_second": round(self.prefill.median, 2),
-            "decode_tokens_per_second": {str(streams): round(each.median, 2) for streams, each in self.decode.items()},
+            "decode_tokens_per_second": {str(n): round(each.median, 2) for n, each in self.decode.items()},
             "weights_bytes": self.weights_bytes,
             "bandwidth_fraction": round(self.bandwidth_fraction, 4),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -118,6 +118,7 @@ def bench(
             decode[streams].append(_decode(engine, streams, decode_tokens))
             progress(next(done), total)
     single = Spread.of(decode[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the bandwidth takes its own buffers
     bandwidth = hardware.bandwidth_gbps()
     read = bytes_read_per_token(cast(Model, engine.model), DECODE_PROMPT + decode_tokens / 2)
     return Benchmark(
@@ -130,7 +131,7 @@ def bench(
         weights_bytes=ready.weights_bytes,
         bandwidth_gbps=bandwidth,
         bandwidth_fraction=read * single.median / (bandwidth * 1e9),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak,
         load_seconds=ready.load_seconds,
     )
 

@@ -10,6 +10,7 @@ namespace penjing::bindings {
 void matrix(nb::module_ &m);
 void integer(nb::module_ &m);
 void formats(nb::module_ &m);
+void decoder(nb::module_ &m);
 } // namespace penjing::bindings
 
 NB_MODULE(_native, m) {
@@ -21,4 +22,5 @@ NB_MODULE(_native, m) {
   penjing::bindings::matrix(m);
   penjing::bindings::integer(m);
   penjing::bindings::formats(m);
+  penjing::bindings::decoder(m);
 }

@@ -60,6 +60,18 @@ struct Int8Product {
   int64_t row_stride, output_stride;
 };
 
+constexpr int max_head_dim = 256;
+constexpr int attention_rows = 64; // queries times heads of a group that are computed together
+
+// Causal attention of the last n of `length` positions to all of them, or to the last `window` (0: all) of each.
+// queries, out: (n, heads, head_dim). keys, values: (kv_heads, length, head_dim), heads head_stride floats apart.
+struct Attention {
+  const float *queries, *keys, *values;
+  float *out;
+  int64_t n, heads, kv_heads, head_dim, length, head_stride, window;
+  float scale; // of the scores
+};
+
 enum class Float { f32, bf16, f16 };
 
 struct Kernels {
@@ -67,6 +79,11 @@ struct Kernels {
                         int64_t row_end);
   void (*decode_panel)(const FloatWeight &, int64_t panel, float *values /* [column][16] */);
   void (*int8_product)(const Int8Product &, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end);
+
+  // Rows are (query, head of the key's group), in that order.
+  void (*attend)(const Attention &, int64_t kv_head, int64_t row_begin, int64_t row_end);
+  // out = gate · sigmoid(gate) · up.
+  void (*gated)(const float *gate, const float *up, int64_t n, float *out);
 
   // Smallest and largest of n floats and 0.
   void (*range)(const float *x, int64_t n, float *low, float *high);

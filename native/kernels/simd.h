@@ -32,6 +32,7 @@ PENJING_INLINE void store(float *p, F16 v, int n) { _mm512_mask_storeu_ps(p, _bz
 PENJING_INLINE F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
 PENJING_INLINE F16 sub(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
 PENJING_INLINE F16 mul(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
+PENJING_INLINE F16 div(F16 a, F16 b) { return _mm512_div_ps(a, b); }
 PENJING_INLINE F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 // Of a NaN in a, b remains.
 PENJING_INLINE F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
@@ -67,7 +68,8 @@ PENJING_INLINE I16 shift_left(I16 v) {
   return _mm512_slli_epi32(v, n);
 }
 PENJING_INLINE F16 to_float(I16 v) { return _mm512_cvtepi32_ps(v); }
-PENJING_INLINE I16 round(F16 v) { return _mm512_cvtps_epi32(v); } // to nearest, ties to even
+PENJING_INLINE F16 as_float(I16 v) { return _mm512_castsi512_ps(v); } // the same bits
+PENJING_INLINE I16 round(F16 v) { return _mm512_cvtps_epi32(v); }     // to nearest, ties to even
 PENJING_INLINE void store_int8(int8_t *p, I16 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(v));
 }
@@ -115,6 +117,7 @@ PENJING_INLINE void store(float *p, F16 v) {
 PENJING_INLINE F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 PENJING_INLINE F16 sub(F16 a, F16 b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
 PENJING_INLINE F16 mul(F16 a, F16 b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+PENJING_INLINE F16 div(F16 a, F16 b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
 PENJING_INLINE F16 fma(F16 a, F16 b, F16 c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
 PENJING_INLINE F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
 PENJING_INLINE F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
@@ -158,6 +161,7 @@ PENJING_INLINE I16 shift_left(I16 v) {
   return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
 }
 PENJING_INLINE F16 to_float(I16 v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+PENJING_INLINE F16 as_float(I16 v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
 PENJING_INLINE I16 round(F16 v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 PENJING_INLINE F16 from_int8(const int8_t *p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p + 8)))};
@@ -220,6 +224,7 @@ PENJING_INLINE void store(float *p, F16 v) { std::memcpy(p, &v, sizeof v); }
 PENJING_INLINE F16 add(F16 a, F16 b) { return a + b; }
 PENJING_INLINE F16 sub(F16 a, F16 b) { return a - b; }
 PENJING_INLINE F16 mul(F16 a, F16 b) { return a * b; }
+PENJING_INLINE F16 div(F16 a, F16 b) { return a / b; }
 PENJING_INLINE F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
 PENJING_INLINE F16 min(F16 a, F16 b) { return a < b ? a : b; }
 PENJING_INLINE F16 max(F16 a, F16 b) { return a > b ? a : b; }
@@ -250,6 +255,7 @@ PENJING_INLINE I16 shift_left(I16 v) {
   return (I16)((U16)v << n);
 }
 PENJING_INLINE F16 to_float(I16 v) { return __builtin_convertvector(v, F16); }
+PENJING_INLINE F16 as_float(I16 v) { return (F16)v; }
 // Adding 1.5 · 2^23 rounds to nearest even; exact for |x| < 2^22, and every caller has clamped to less.
 PENJING_INLINE I16 round(F16 v) { return isub((I16)(v + 0x1.8p23f), (I16)splat(0x1.8p23f)); }
 PENJING_INLINE F16 from_int8(const int8_t *p) {

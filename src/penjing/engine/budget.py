@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..errors import BadInput, OutOfBudget
 from ..hardware import memory_available_bytes, memory_limit_bytes
 from ..models import ModelConfig
-from ..models.layers import QUERY_ROWS
 from .messages import Load
 from .scheduler import Limits
 
@@ -22,17 +21,16 @@ def default_budget() -> int:
     return min(int(SHARE_OF_MEMORY * memory_limit_bytes()), memory_available_bytes())
 
 
-def activation_bytes(config: ModelConfig, tokens: int, sequences: int, context: int, scored: int) -> int:
+def activation_bytes(config: ModelConfig, tokens: int, sequences: int, scored: int) -> int:
     """The most that one step holds beside weights and caches.
 
-    tokens: in the step.  sequences: that sample.  context: longest sequence.  scored: prompt tokens with logits.
+    tokens: in the step.  sequences: that sample.  scored: prompt tokens with logits.
     """
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     per_token = 4 * config.hidden + 3 * (queries + 2 * keys) + 3 * config.intermediate
-    scores = 3 * config.heads * min(QUERY_ROWS, tokens) * context
     logits = (sequences + scored) * config.vocab_size
     one_row = 8 * config.vocab_size  # the sampler's copies, in float64
-    return FLOAT * (tokens * per_token + scores + logits + one_row)
+    return FLOAT * (tokens * per_token + logits + one_row)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def limits(load: Load, config: ModelConfig, weights: int, budget: int) -> tuple[
     if longest > config.max_position:
         raise BadInput(f"max_model_len={longest}: the model has positions for {config.max_position} tokens")
     scored = min(Limits.scored_prefill, load.max_num_batched_tokens)
-    step = activation_bytes(config, load.max_num_batched_tokens, load.max_num_seqs, longest, scored)
+    step = activation_bytes(config, load.max_num_batched_tokens, load.max_num_seqs, scored)
     ledger = Ledger(budget, weights, step)
     per_token = config.kv_bytes_per_token
     room = max(ledger.left, 0) // per_token

@@ -7,6 +7,7 @@ set, and `reference` has each computation in plain numpy. Wrong shapes and types
 from __future__ import annotations
 
 from .._native import IntegerConv, IntegerLinear, isa, set_threads, threads
+from .decoder import attention, gated
 from .matrix import Matrix, matrix_from
 from .stream import (
     bitmask_decode,
@@ -24,8 +25,10 @@ __all__ = [
     "IntegerConv",
     "IntegerLinear",
     "Matrix",
+    "attention",
     "bitmask_decode",
     "bitmask_encode",
+    "gated",
     "has_nonfinite",
     "isa",
     "matrix_from",

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..errors import BadInput
+from ..kernels import attention
 from .config import ModelConfig
-from .layers import Array, attention, rms_norm
+from .layers import Array, rms_norm
 from .weights import load_block, load_embedding, load_final_norm, load_head
 
 Tokens: TypeAlias = NDArray[np.int64]
@@ -48,7 +49,7 @@ class KVCache:
         end = self.length + len(keys)
         self.keys[layer, :, self.length : end] = keys.swapaxes(0, 1)
         self.values[layer, :, self.length : end] = values.swapaxes(0, 1)
-        return attention(queries, self.keys[layer, :, :end], self.values[layer, :, :end], window)
+        return attention(queries, self.keys[layer, :, :end], self.values[layer, :, :end], window=window)
 
 
 @dataclass(frozen=True)

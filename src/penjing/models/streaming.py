@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
-from ..kernels import Matrix
+from ..kernels import Matrix, attention
 from .config import ModelConfig
-from .layers import Array, Block, attention, rms_norm
+from .layers import Array, Block, rms_norm
 from .weights import load_block, load_embedding, load_final_norm, load_head
 
 # Tokens that go through a block together: enough to keep the matrix products busy, few enough to stay small.
@@ -77,6 +77,7 @@ def _attend(sizes: Sequence[int], window: int | None, queries: Array, keys: Arra
     start = 0
     for size in sizes:
         own = slice(start, start + size)
-        mixed[own] = attention(queries[own], keys[own].swapaxes(0, 1), values[own].swapaxes(0, 1), window)
+        k, v = (np.ascontiguousarray(each[own].swapaxes(0, 1)) for each in (keys, values))
+        mixed[own] = attention(queries[own], k, v, window=window)
         start += size
     return mixed

@@ -137,7 +137,7 @@ void Pool::work() {
 struct Shared {
   std::mutex mutex;
   Pool *pool = nullptr;
-  int size = processors();
+  std::atomic<int> size = processors(); // read without the lock, also from within a task
 };
 
 Shared &shared() {
@@ -155,10 +155,7 @@ Shared &shared() {
 
 } // namespace
 
-int threads() {
-  std::lock_guard lock(shared().mutex);
-  return shared().size;
-}
+int threads() { return shared().size; }
 
 void set_threads(int count) {
   if (count < 1 || count > 256)

@@ -14,7 +14,7 @@ from ..formats.bitmask import BitmaskTensor
 from ._bits import float_bits, is_bfloat16
 from .stream import bitmask_decode
 
-# From this share of zeros on, a bitmask and the non-zeros are smaller than int4 codes and read faster.
+# From this share of zeros on, a bitmask and the non-zeros read faster than dense codes.
 SPARSE_FROM = 0.4
 
 
@@ -40,12 +40,9 @@ class Matrix:
 
     def decode(self, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """The numbers that the layout stands for, all rows or those given: float32 (rows, in)."""
-        wanted = np.arange(self.rows)
-        if isinstance(rows, slice):
-            wanted = wanted[rows]
-        elif rows is not None:
-            wanted = np.ascontiguousarray(rows, np.int64)
-        return self._native.decode(wanted)
+        if rows is None or isinstance(rows, slice):
+            rows = np.arange(self.rows)[rows or slice(None)]
+        return self._native.decode(np.ascontiguousarray(rows, np.int64))
 
     def __repr__(self) -> str:
         return f"Matrix({self.rows} × {self.columns}, {self.layout}, {self.nbytes} bytes)"
@@ -62,7 +59,8 @@ def matrix_from(
     weight: float32, float16 or bfloat16 array, an AffineTensor, or a BitmaskTensor of floats.
     activations: "float" keeps them; "int8" quantizes each row of x on the fly, symmetrically (8-bit weights with one
     step a row or a tensor).  sparse: keep a bitmask and the non-zeros, expanded in registers; None does so from 40 %
-    zeros on.  Raises BadInput for combinations that no kernel has.
+    zeros on where it is smaller.  Codes of 2 and 3 bits are kept as 4 when sparse, those of 5 to 7 always as bytes.
+    Raises BadInput for combinations that no kernel has.
     """
     if activations not in ("float", "int8"):
         raise BadInput(f"activations={activations!r}: known: float, int8")
@@ -90,7 +88,10 @@ def _from_affine(tensor: AffineTensor, integer: bool, sparse: bool | None) -> _n
     zero_point = None if tensor.zero_point is None else _a_row_each(tensor.zero_point, rows)
     codes = np.ascontiguousarray(tensor.codes)
     if sparse is None:
-        sparse = _zeros(codes, zero_point) >= SPARSE_FROM and not (integer and zero_point is not None)
+        zeros = _zeros(codes, zero_point)
+        dense_bits, kept_bits = (grid.bits, 4) if grid.bits <= 4 else (8, 8)
+        smaller = 1 + (1 - zeros) * kept_bits < dense_bits
+        sparse = zeros >= SPARSE_FROM and smaller and not (integer and zero_point is not None)
     return _native.matrix_from_codes(codes, grid.bits, scale, zero_point, integer, sparse)
 
 

@@ -129,7 +129,7 @@ class IntegerConv:
             for length, k, s, d in zip(x.shape[2:], kernel, self.stride, self.dilation, strict=True)
         ]
         batch, outputs = x.shape[0], self.centred.shape[0]
-        x = x.reshape(batch, self.groups, -1, *x.shape[2:])
+        x = x.reshape(batch, self.groups, x.shape[1] // self.groups, *x.shape[2:])
         weight = self.centred.reshape(self.groups, outputs // self.groups, -1, *kernel)
         y = np.zeros((batch, self.groups, outputs // self.groups, *size), np.int64)
         all_of: Any = (slice(None), slice(None), slice(None))

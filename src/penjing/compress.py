@@ -37,6 +37,7 @@ from .recipe import Recipe, build
 # Bytes of the original that are done, and all of them.
 Progress = Callable[[float, float], None]
 SHARD_BYTES = 64 << 20
+_SMALLEST_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ def compress(
     start = time.monotonic()
     if sparse_storage not in ("dense", "bitmask"):
         raise BadInput(f"sparse_storage={sparse_storage!r}: give dense or bitmask")
+    if check not in ("sample", "full", "none"):
+        raise BadInput(f"check={check!r}: give sample, full or none")
     made = build(recipe, **settings)
+    for rule in made.rules:
+        apply.check(rule)
     checkpoint, folder = open_checkpoint(model), Path(output)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
@@ -122,10 +127,10 @@ def compress(
         if evaluate is not None:
             done = _evaluated(folder, done, checkpoint.path, Path(evaluate))
         return _result(folder, done, start, bound, None, already=True)
-    resumed = journal.begin(restart=restart)
-    first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-    _check_disk(plan, journal)
     try:
+        resumed = journal.begin(restart=restart)
+        first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
+        _check_disk(plan, journal)
         entries = _run(plan, journal, progress or (lambda done, total: None))
         made_artifact = _complete(plan, journal, entries, check)
     except KeyboardInterrupt:
@@ -283,7 +288,7 @@ def _fit_memory(plan: Plan, limit: int | None) -> tuple[Plan, int]:
     here = _peak_rss()
     bounds = []
     chunk = CHUNK_BYTES
-    while chunk >= 1 << 20:
+    while chunk >= _SMALLEST_CHUNK:
         smaller = dataclasses.replace(plan, chunk_bytes=chunk)
         bounds.append(here + smaller.memory_bytes(apart))
         if limit is None or bounds[-1] <= limit:

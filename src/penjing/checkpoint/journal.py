@@ -69,8 +69,7 @@ class Journal:
 
         Raises BadInput when the folder holds something else, or a run of another model or recipe.
         """
-        if restart:
-            self._remove_own_files()
+        began_here = restart and self._remove_own_files()
         with plain_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
             run = self.folder / "run.json"
@@ -80,7 +79,7 @@ class Journal:
                     left.unlink()
                 return True
             others = sorted(path.name for path in self.output.iterdir() if path.name != FOLDER)
-            if others:
+            if others and not began_here:
                 what = "another finished model" if ARTIFACT in others else f"something else ({others[0]})"
                 raise BadInput(f"{self.output}: the folder holds {what}; give one that is empty or does not exist")
             self.folder.mkdir(exist_ok=True)
@@ -115,10 +114,12 @@ class Journal:
                 " give another folder, or --restart to throw that run away"
             )
 
-    def _remove_own_files(self) -> None:
-        """Remove what an earlier run wrote, as it noted itself; anything else stays."""
+    def _remove_own_files(self) -> bool:
+        """Remove what an earlier run wrote, as it noted itself; anything else stays → was there a run?"""
+        found = False
         for note in (self.folder / "run.json", self.output / ARTIFACT):
             if note.exists():
+                found = True
                 written = read_json(note, BadInput).get("files", [])
                 for name in written:
                     if os.sep in name or name in ("", ".", ".."):
@@ -127,3 +128,4 @@ class Journal:
         for left in self.output.glob(f"*{TEMPORARY}"):
             left.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
+        return found

@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except (KeyboardInterrupt, typer.Abort):
         _stop("interrupted", 1)
+    if status == 130:  # typer's own way to say Ctrl-C
+        _stop("interrupted", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..formats.affine import AffineTensor, Grid
 from ..recipe import Prune, Quantize, Rule
 from . import Statistics, pruner, quantizer
+from .observers import observer
 
 
 def solve(
@@ -27,6 +28,15 @@ def solve(
     config = _quantize_config(rule.quantize, scale_dtype)
     solved: AffineTensor = quantizer(rule.quantize.method).solve(weight, statistics, config)
     return solved
+
+
+def check(rule: Rule) -> None:
+    """BadRecipe for a method or an observer that there is not."""
+    if rule.prune is not None:
+        pruner(rule.prune.method)
+    if rule.quantize is not None:
+        quantizer(rule.quantize.method)
+        observer(rule.quantize.observer)
 
 
 def by_rows(rule: Rule) -> bool:

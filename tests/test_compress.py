@@ -1,0 +1,526 @@
+"""The streamed compressor, against the weights it started from, other readers, kill -9 and bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import penjing
+from penjing.checkpoint import open_checkpoint, read_safetensors, storage, write_safetensors
+from penjing.compress import compress
+from penjing.errors import BadCheckpoint, BadInput, BadRecipe, OutOfBudget, PenjingError, Unsupported
+from penjing.formats import affine
+from penjing.formats.affine import AffineTensor, Grid
+from penjing.kernels import reference
+
+NOVELIST = Path(__file__).parents[1] / "examples" / "novelist"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def llama_tensors(dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (50, 64), "lm_head": (50, 64), "model.norm": (64,)}
+    for layer in range(3):
+        block = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
+        block |= {"self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)}
+        block |= {"mlp.down_proj": (64, 96)}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= {f"model.layers.{layer}.{name}_layernorm": (64,) for name in ("input", "post_attention")}
+    return {
+        f"{name}.weight": (random.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def make_model(folder: Path, tensors: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
+    """A small Llama with seeded weights, in two shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = llama_tensors() if tensors is None else tensors
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, its in shards.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in its})
+    places = {name: file for file, its in shards.items() for name in its}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def test_every_targeted_weight_is_the_nearest_on_its_grid(model: Path, tmp_path: Path) -> None:
+    result = compress(model, tmp_path / "out", bits=4, group_size=32, symmetric=False)
+    source, saved = open_checkpoint(model), open_checkpoint(tmp_path / "out")
+    assert set(saved.names) == set(source.names)
+    quantized = 0
+    for name in source.names:
+        original = source.tensor(name)
+        if "layers" not in name or original.ndim == 1:
+            np.testing.assert_array_equal(saved.tensor(name), original)
+            continue
+        weight = saved.weight(name.removesuffix(".weight"))
+        assert isinstance(weight, AffineTensor)
+        expected = reference.quantize(original, Grid(4, 32, False, "bfloat16"))
+        np.testing.assert_array_equal(weight.codes, expected.codes)
+        np.testing.assert_array_equal(weight.scale, expected.scale)
+        np.testing.assert_array_equal(weight.zero_point, expected.zero_point)
+        quantized += 1
+    assert quantized == 21
+    assert result.check["modules"] == 21
+    assert result.check["blocks"] == [0, 1, 2]
+    assert result.check["logits_error"] < 1e-5
+
+
+def test_what_is_reported_is_what_is_on_the_disk(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = compress(model, out, "int4", group_size=32, shard_bytes=1)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == 5  # before, three layers, after
+    assert result.blocks == 3
+    assert result.size_bytes == sum(file.stat().st_size for file in files)
+    lines = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    assert result.digest == hashlib.sha256(lines.encode()).hexdigest()
+    noted = json.loads((out / "penjing.json").read_text())
+    assert noted["digest"] == result.digest
+    assert noted["recipe"]["rules"][0]["quantize"]["group_size"] == 32
+    assert len(noted["resolved"]["modules"]) == 21
+    assert noted["resolved"]["left_as_is"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert not (out / ".journal").exists()
+    tensors = {name: info.nbytes for name, info in open_checkpoint(out).infos.items()}
+    parameters = sum(tensor.size for tensor in llama_tensors().values())
+    assert result.bits_per_weight == pytest.approx(8 * sum(tensors.values()) / parameters)
+    # 4 bits a code, a bfloat16 step for 32 of them, and weight_shape
+    weights = sum(t.size for name, t in llama_tensors().items() if "layers" in name and t.ndim == 2)
+    assert result.target_bits_per_weight == pytest.approx(4 + 16 / 32 + 21 * 16 * 8 / weights)
+
+
+def test_one_file_or_many_hold_the_same_tensors(model: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "one", "int4", group_size=32)
+    compress(model, tmp_path / "many", "int4", group_size=32, shard_bytes=1)
+    assert [file.name for file in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
+    assert one.infos.keys() == many.infos.keys()
+    for name in one.infos:
+        assert one.read(name).tobytes() == many.read(name).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_of_any_float_keep_their_dtype_in_the_steps(dtype: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", llama_tensors(dtype))
+    compress(model, tmp_path / "out", "int4", group_size=32)
+    saved = open_checkpoint(tmp_path / "out")
+    assert saved.infos["model.layers.0.mlp.up_proj.weight_scale"].dtype == dtype
+    assert saved.infos["model.embed_tokens.weight"].dtype == dtype
+
+
+def test_w8a8_is_stored_as_int8_and_says_so(model: Path, tmp_path: Path) -> None:
+    result = compress(model, tmp_path / "out", "w8a8")
+    saved = open_checkpoint(tmp_path / "out")
+    assert saved.infos["model.layers.0.mlp.up_proj.weight"].dtype == np.int8
+    assert saved.activations("model.layers.0.mlp.up_proj") == "int8"
+    assert saved.config["quantization_config"]["format"] == "int-quantized"
+    assert result.check["logits_error"] < 5e-2
+
+
+@pytest.mark.parametrize("recipe", ["sparse50", "int4-sparse50", "int8-sparse60"])
+def test_bitmask_is_smaller_and_the_same_numbers(recipe: str, model: Path, tmp_path: Path) -> None:
+    settings = {} if recipe == "sparse50" else {"group_size": 32}
+    dense = compress(model, tmp_path / "dense", recipe, **settings)
+    sparse = compress(model, tmp_path / "bitmask", recipe, sparse_storage="bitmask", **settings)
+    assert sparse.target_bits_per_weight < dense.target_bits_per_weight
+    assert dense.sparsity == sparse.sparsity
+    assert sparse.sparsity >= int(recipe[-2:]) / 100 - 0.01
+    one, other = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "bitmask")
+    assert one.names == other.names or set(one.names) == set(other.names)
+    for name in one.names:
+        np.testing.assert_array_equal(one.tensor(name).astype(np.float32), other.tensor(name).astype(np.float32))
+    assert other.config["quantization_config"]["quant_method"] == "penjing"
+    with pytest.raises(BadRecipe, match="prunes nothing"):
+        compress(model, tmp_path / "x", "int4", group_size=32, sparse_storage="bitmask")
+
+
+def test_pruned_only_needs_no_quantization_config(model: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "out", sparsity=0.5, scope="tensor")
+    saved = open_checkpoint(tmp_path / "out")
+    assert "quantization_config" not in saved.config
+    weight = saved.tensor("model.layers.1.mlp.up_proj.weight")
+    assert (weight == 0).sum() == weight.size // 2
+
+
+def test_different_settings_for_different_modules(model: Path, tmp_path: Path) -> None:
+    rules = [
+        {"targets": "*.down_proj", "quantize": {"bits": 8, "group_size": -1}},
+        {"targets": "*.layers.1.*"},
+        {"targets": "*", "quantize": {"bits": 4, "group_size": 32}},
+    ]
+    compress(model, tmp_path / "out", {"version": 1, "rules": rules})
+    saved = open_checkpoint(tmp_path / "out")
+    assert saved.scheme("model.layers.0.mlp.down_proj").grid.bits == 8
+    assert saved.scheme("model.layers.0.mlp.up_proj").grid.bits == 4
+    assert isinstance(saved.weight("model.layers.1.mlp.up_proj"), np.ndarray)
+    assert "model.layers.1.mlp.up_proj" in saved.config["quantization_config"]["ignore"]
+
+
+def test_large_matrices_are_solved_in_parts_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    whole = compress(model, tmp_path / "whole", "int4-sparse50", group_size=32)
+    small = subprocess.run(
+        [sys.executable, "-c", PARTS, str(model), str(tmp_path / "parts")], capture_output=True, text=True, check=True
+    )
+    assert small.stdout.strip() == whole.digest
+
+
+PARTS = """
+import importlib, sys
+c = importlib.import_module("penjing.compress")
+c.CHUNK_BYTES = 1000 ; c._SMALLEST_CHUNK = 1
+print(c.compress(sys.argv[1], sys.argv[2], "int4-sparse50", group_size=32).digest)
+"""
+
+
+def test_same_command_twice_says_it_is_done(model: Path, tmp_path: Path) -> None:
+    first = compress(model, tmp_path / "out", "int4", group_size=32)
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    second = penjing.compress(model, tmp_path / "out", "int4", group_size=32)
+    assert second.already_done
+    assert not first.already_done
+    assert (second.digest, second.bits_per_weight, second.resumed_at_block) == (
+        first.digest,
+        first.bits_per_weight,
+        None,
+    )
+    assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(BadInput, match="another finished model"):
+        compress(model, tmp_path / "out", "int8")
+    assert compress(model, tmp_path / "out", "int8", restart=True).digest != first.digest
+
+
+def stop_after(shards: int, model: Path, out: Path, **settings: Any) -> None:
+    """Stop a run, by an exception, when it has reported that many files."""
+    reports = 0
+
+    def progress(done: float, total: float) -> None:
+        nonlocal reports
+        reports += 1
+        if reports == shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(PenjingError, match="the same command goes on from there"):
+        compress(model, out, shard_bytes=1, progress=progress, **settings)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_interrupted_run_goes_on_where_it_was(shards: int, model: Path, tmp_path: Path) -> None:
+    whole = compress(model, tmp_path / "whole", "int4", group_size=32, shard_bytes=1)
+    out = tmp_path / "out"
+    stop_after(shards, model, out, recipe="int4", group_size=32)
+    assert not (out / "config.json").exists()
+    with pytest.raises(BadCheckpoint, match="was not finished"):
+        open_checkpoint(out)
+    written = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    rest = compress(model, out, "int4", group_size=32, shard_bytes=1)
+    assert rest.resumed_at_block == len(written) - 1  # the first file holds the embedding
+    assert rest.digest == whole.digest
+    for name, stamp in written.items():
+        assert (out / name).stat().st_mtime_ns == stamp
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+def test_a_run_is_not_continued_as_another(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_after(2, model, out, recipe="int4", group_size=32)
+    with pytest.raises(BadInput, match=r"unfinished run with another recipe.*--restart"):
+        compress(model, out, "int4", group_size=16, shard_bytes=1)
+    changed = llama_tensors()
+    changed["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    with pytest.raises(BadInput, match="another model"):
+        compress(make_model(tmp_path / "other", changed), out, "int4", group_size=32, shard_bytes=1)
+    (out / "notes.txt").write_text("mine")
+    result = compress(model, out, "int4", group_size=16, shard_bytes=1, restart=True)
+    assert result.resumed_at_block is None
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_finished_file_is_noticed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_after(3, model, out, recipe="int4", group_size=32)
+    victim = min(out.glob("*.safetensors"))
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(PenjingError, match="damaged since it was written"):
+        compress(model, out, "int4", group_size=32, shard_bytes=1)
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    flags = ["--bits", "4", "--group-size", "32", "--prune-method", "l1", "--sparsity", "0.5", "--shard-size", "1"]
+    return [sys.executable, "-m", "penjing", "compress", str(model), "-o", str(out), *flags, *more]
+
+
+def test_kill_9_at_any_moment_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"bits": 4, "group_size": 32, "sparsity": 0.5, "shard_bytes": 1}
+    start = time.monotonic()
+    whole = compress(NOVELIST, tmp_path / "whole", **flags)
+    took = time.monotonic() - start
+    random = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    out, killed, resumed = tmp_path / "out", 0, []
+    for attempt in range(40):
+        child = subprocess.Popen(command(NOVELIST, out, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            said, errors = child.communicate(timeout=0.3 + took * random.random() if attempt < 12 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            killed += 1
+            assert not (out / "config.json").exists() or (out / "penjing.json").exists()
+    assert child.returncode == 0, errors
+    answer = json.loads(said)
+    resumed.append(answer["resumed_at_block"])
+    assert answer["digest"] == whole.digest
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (out / file.name).read_bytes(), file.name
+    assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
+
+
+def test_ctrl_c_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    child = subprocess.Popen(command(NOVELIST, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "out" / ".journal").exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert errors.decode().count("\n") == 1
+    assert "the same command goes on" in errors.decode()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def spoil_nan(folder: Path) -> None:
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    make_model(folder, tensors)
+
+
+def spoil_infinite_embedding(folder: Path) -> None:
+    tensors = llama_tensors()
+    tensors["model.embed_tokens.weight"][3, 5] = np.inf
+    make_model(folder, tensors)
+
+
+def spoil_dtype(folder: Path) -> None:
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(np.int32)
+    make_model(folder, tensors)
+
+
+def spoil_truncated(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_missing(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").unlink()
+
+
+def spoil_family(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+
+def spoil_compressed(folder: Path) -> None:
+    compress(folder, folder.parent / "again", "int4", group_size=32)
+    shutil.rmtree(folder)
+    (folder.parent / "again").rename(folder)
+
+
+BAD_MODELS = {
+    "NaN": (spoil_nan, BadCheckpoint, r"model.layers.1.mlp.up_proj.weight has a NaN"),
+    "infinity in a copy": (spoil_infinite_embedding, BadCheckpoint, r"model.embed_tokens.weight has a NaN or an inf"),
+    "wrong dtype": (spoil_dtype, BadCheckpoint, r"up_proj.weight has dtype int32"),
+    "truncated": (spoil_truncated, BadCheckpoint, r"truncated: tensor"),
+    "missing shard": (spoil_missing, BadCheckpoint, r"shard model-00001-of-00002.safetensors is missing"),
+    "transposed family": (spoil_family, Unsupported, r"'gpt2' stores its weights transposed"),
+    "compressed already": (spoil_compressed, Unsupported, r"compressed already"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_leave_nothing_that_looks_whole(case: str, model: Path, tmp_path: Path) -> None:
+    spoil, error, message = BAD_MODELS[case]
+    spoil(model)
+    with pytest.raises(error, match=message) as caught:
+        compress(model, tmp_path / "out", "int4", group_size=32)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+BAD_SETTINGS: dict[str, tuple[dict[str, Any], type[BadInput], str]] = {
+    "group size": (
+        {"bits": 4, "group_size": 48},
+        BadRecipe,
+        r"group_size=48 does not divide model.layers.0.mlp.gate_proj.weight, shape \(96, 64\); these do: 16, 32, 64,",
+    ),
+    "pattern": ({"pattern": "2:7"}, BadRecipe, "pattern=2:7 does not divide"),
+    "bits": ({"bits": 1}, BadRecipe, "bits=1"),
+    "sparsity": ({"sparsity": 1.5}, BadRecipe, "between 0 and 1"),
+    "method": ({"method": "gptx"}, BadRecipe, "method 'gptx' is unknown"),
+    "nothing": ({}, BadRecipe, "nothing to do"),
+    "storage": ({"bits": 8, "sparse_storage": "bitmap"}, BadInput, "dense or bitmask"),
+    "check": ({"bits": 8, "check": "some"}, BadInput, "check='some'"),
+    "target": (
+        {"recipe": {"version": 1, "rules": [{"targets": "*.q_projj", "quantize": {}}]}},
+        BadRecipe,
+        "target '.*q_projj' matches no module",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_are_refused_before_anything_is_written(case: str, model: Path, tmp_path: Path) -> None:
+    settings, error, message = BAD_SETTINGS[case]
+    with pytest.raises(error, match=message):
+        compress(model, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_may_not_be_written_to(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is the model itself"):
+        compress(model, model, "int8")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years")
+    for restart in (False, True):
+        with pytest.raises(BadInput, match=r"something else \(thesis.txt\)"):
+            compress(model, tmp_path / "full", "int8", restart=restart)
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PenjingError, match="file"):
+        compress(model, tmp_path / "file", "int8")
+
+
+def test_full_disk_is_told_before_and_while_writing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(OutOfBudget, match=r"\d+ bytes are needed on the disk, 1000 are free"):
+            compress(model, tmp_path / "before", "int4", group_size=32)
+    code = "import resource, signal, sys; from penjing.cli import main;" + (
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); main()"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, *command(model, tmp_path / "out")[3:]], capture_output=True, text=True
+    )
+    assert child.returncode == 1
+    assert child.stderr.count("\n") == 1
+    assert "safetensors: File too large" in child.stderr
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_memory_limit_is_kept_or_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(OutOfBudget, match=r"memory_limit=1000 bytes: .* need \d+ bytes at least"):
+        compress(model, tmp_path / "out", "int4", group_size=32, memory_limit=1000)
+    code = (
+        "import sys, json, dataclasses, penjing;"
+        "print(json.dumps(dataclasses.asdict(penjing.compress(sys.argv[1], sys.argv[2], 'int4-sparse50', group_size=64,"
+        " memory_limit=300 << 20))))"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(NOVELIST), str(tmp_path / "n")], stdout=subprocess.PIPE)
+    answer = json.loads(child.stdout)
+    assert answer["peak_rss_bytes"] <= answer["memory_bound_bytes"] <= 300 << 20
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+
+
+def test_self_check_notices_wrong_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = storage.encode_packed
+
+    def turned(tensor: AffineTensor, *, sparse: bool = False) -> dict[str, Any]:
+        rows = AffineTensor(tensor.codes[::-1].copy(), tensor.scale, tensor.zero_point, tensor.grid)
+        return encode(rows, sparse=sparse)
+
+    monkeypatch.setattr(storage, "encode_packed", turned)
+    with pytest.raises(PenjingError, match="self-check failed: the saved model's logits are off"):
+        compress(model, tmp_path / "out", "int4", group_size=32)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_unknown_families_are_compressed_and_the_verdict_says_what_was_not_checked(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", model_type="llamoid")
+    result = compress(model, tmp_path / "out", "int4", group_size=32)
+    assert "logits not compared" in result.check["verdict"]
+    assert "llamoid" in result.check["verdict"]
+    assert affine.PER_CHANNEL == -1
+
+
+def test_program(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\nrules:\n  - quantize: {bits: 8, group_size: -1}\n")
+    program = [sys.executable, "-m", "penjing"]
+    arguments = ["compress", str(model), "-o", str(tmp_path / "out"), "--recipe", str(recipe), "--json"]
+    child = subprocess.run([*program, *arguments], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    answer = json.loads(child.stdout)
+    fields = "output size_bytes original_size_bytes bits_per_weight sparsity seconds peak_rss_bytes blocks"
+    assert {*fields.split(), "resumed_at_block", "digest"} <= answer.keys()
+    child = subprocess.run([*program, "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True)
+    summary = json.loads(child.stdout)
+    assert summary["family"] == "llama"
+    assert summary["layers"] == 3
+    assert summary["parameters"] == sum(tensor.size for tensor in llama_tensors().values())
+    assert summary["size_bytes"] == answer["size_bytes"]
+    assert summary["bits_per_weight"] == pytest.approx(answer["bits_per_weight"])
+    assert summary["format"] == "int8 channel"
+    child = subprocess.run(
+        [*program, "compress", str(model), "-o", str(tmp_path / "b"), "--bits", "99"], capture_output=True, text=True
+    )
+    assert (child.returncode, child.stderr.count("\n")) == (2, 1)
+    assert "bits=99" in child.stderr
+
+
+def test_calibration_data_must_be_there_and_hold_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    for name, message in (("absent.txt", "no such file"), ("empty.txt", "is empty")):
+        child = subprocess.run(
+            command(model, tmp_path / "out", "--calibration", str(tmp_path / name)), capture_output=True, text=True
+        )
+        assert child.returncode == 2
+        assert message in child.stderr
+
+
+def test_read_safetensors_sees_the_metadata_that_transformers_wants(model: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "out", "int8")
+    assert read_safetensors(tmp_path / "out" / "model.safetensors")[1] == {"format": "pt"}

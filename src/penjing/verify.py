@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import models
 from .checkpoint import Checkpoint, Weight
 from .errors import PenjingError, Unsupported
 from .kernels import reference
 from .models.config import ModelConfig
-from .models.layers import Block, LinearLayer
+from .models.layers import Array, Block
 from .models.weights import load_block
 from .recipe import Rule
 
@@ -50,9 +49,7 @@ def verify(
         return checked | {"verdict": f"{len(rules)} modules compressed, steps finite; logits not compared: {why}"}
     blocks = _sample(stream.config, source, extent)
     error = _logits_error(stream, source, rules, solve, blocks)
-    limit = (
-        TOLERANCE_INT8 if any(r.quantize and r.quantize.activations == "int8" for r in rules.values()) else TOLERANCE
-    )
+    limit = TOLERANCE_INT8 if any(map(_int8, rules.values())) else TOLERANCE
     if not error <= limit:
         raise PenjingError(
             f"{saved.path}: self-check failed: the saved model's logits are off by {error:.2e} of their size"
@@ -119,15 +116,15 @@ def _plain_block(
     layers: dict[str, Any] = {}
     for linear in config.linears:
         module = f"{config.block(index)}.{linear.name}"
-        int8 = (
-            (rule := rules.get(module)) is not None
-            and rule.quantize is not None
-            and rule.quantize.activations == "int8"
-        )
+        int8 = module in rules and _int8(rules[module])
         again = solve if module in rules else _as_it_is(source)
         bias = getattr(block, linear.role).bias
-        layers[linear.role] = LinearLayer(Again(module, linear.shape, int8, again), bias)
+        layers[linear.role] = Again(module, linear.shape[0], bias, int8, again)
     return dataclasses.replace(block, **layers)
+
+
+def _int8(rule: Rule) -> bool:
+    return rule.quantize is not None and rule.quantize.activations == "int8"
 
 
 def _as_it_is(source: Checkpoint) -> Solve:
@@ -135,30 +132,20 @@ def _as_it_is(source: Checkpoint) -> Solve:
 
 
 class Again:
-    """A matrix that is solved again, rows by rows, each time it multiplies, so that it is never in memory whole."""
+    """A linear layer whose weight is solved again, some rows at a time, whenever it multiplies."""
 
-    layout = "solved again"
-    nbytes = 0
+    def __init__(self, module: str, rows: int, bias: Array | None, int8: bool, solve: Solve) -> None:
+        self.module, self.rows, self.bias, self.int8, self.solve = module, rows, bias, int8, solve
 
-    def __init__(self, module: str, shape: tuple[int, int], int8: bool, solve: Solve) -> None:
-        self.module, self.int8, self.solve = module, int8, solve
-        self.rows, self.columns = shape
-
-    def __call__(self, x: NDArray[np.float32], bias: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def __call__(self, x: Array) -> Array:
         y = np.empty((len(x), self.rows), np.float32)
         for rows, weight in self.solve(self.module):
             y[:, rows] = self._multiply(x, weight)
-        return y if bias is None else y + bias
+        return y if self.bias is None else y + self.bias
 
-    def _multiply(self, x: NDArray[np.float32], weight: Any) -> NDArray[np.float32]:
+    def _multiply(self, x: Array, weight: Any) -> Array:
         if self.int8:
             return reference.int8_matrix(x, weight)
         plain = weight if isinstance(weight, np.ndarray) else weight.decode()
-        product: NDArray[np.float32] = x @ plain.astype(np.float32, copy=False).T
+        product: Array = x @ plain.astype(np.float32, copy=False).T
         return product
-
-    def decode(self, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-        whole = np.concatenate(
-            [np.asarray(w if isinstance(w, np.ndarray) else w.decode()) for _, w in self.solve(self.module)]
-        )
-        return whole.astype(np.float32)[slice(None) if rows is None else rows]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels import Matrix, gated
+from ..kernels import gated
 from .rope import rotate
 
 Array: TypeAlias = NDArray[np.float32]
@@ -28,11 +28,21 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return normed
 
 
+class Product(Protocol):
+    """What a linear layer needs of its matrix (out, in); `kernels.Matrix` is one."""
+
+    nbytes: int
+
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
+        """x (n, in) @ matrixᵀ + bias, (n, out)."""
+        ...
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """matrix: (out, in).  bias: (out,) or None."""
 
-    matrix: Matrix
+    matrix: Product
     bias: Array | None
 
     def __call__(self, x: Array) -> Array:

@@ -14,8 +14,8 @@ from .config import ModelConfig
 from .layers import Array, Block, rms_norm
 from .weights import load_block, load_embedding, load_final_norm, load_head
 
-# Tokens that go through a block together: enough to keep the matrix products busy, few enough to stay small.
-BATCH_TOKENS = 4096
+# Tokens that go through a block together: enough for the matrix products, few enough where the MLP is wide.
+BATCH_TOKENS = 1024
 
 
 class Stream:

@@ -52,6 +52,7 @@ def by_torch(folder: Path, ids: list[int], length: int, stride: int) -> Any:
     """Log-probabilities float64 (scored, vocabulary) and targets, by the loop of Hugging Face's perplexity guide."""
     import torch
 
+    torch.set_num_threads(1)  # beside the kernels' threads, more would only wait for each other
     model, logs, targets, scored_to = oracle(folder), [], [], 0
     for start in range(0, len(ids), stride):
         end = min(start + length, len(ids))
@@ -70,10 +71,9 @@ def by_torch(folder: Path, ids: list[int], length: int, stride: int) -> Any:
     return np.array(logs), np.array(targets)
 
 
-@pytest.mark.parametrize(("length", "stride"), [(64, 64), (64, 24), (100, 1000), (50, 7)])
+@pytest.mark.parametrize(("length", "stride"), [(64, 64), (64, 24), (100, 100), (50, 17)])
 def test_loss_equals_the_loop_of_the_perplexity_guide(length: int, stride: int) -> None:
-    text = TEXT[:1500]
-    stride = min(stride, length)
+    text = TEXT[:500]
     logs, targets = by_torch(NOVELIST, ids_of(text), length, stride)
     result = evaluate(NOVELIST, [text], context_length=length, stride=stride)
     assert result.tokens == len(targets)
@@ -84,9 +84,9 @@ def test_loss_equals_the_loop_of_the_perplexity_guide(length: int, stride: int) 
 
 
 def test_change_kl_and_agreement_equal_brute_force(noisy: Path) -> None:
-    text = TEXT[:6000]
-    (base, targets), (model, _) = (by_torch(folder, ids_of(text), 128, 128) for folder in (NOVELIST, noisy))
-    result = evaluate(noisy, [text], NOVELIST, context_length=128)
+    text = TEXT[:2800]
+    (base, targets), (model, _) = (by_torch(folder, ids_of(text), 64, 64) for folder in (NOVELIST, noisy))
+    result = evaluate(noisy, [text], NOVELIST, context_length=64)
     each = np.arange(len(targets))
     change = base[each, targets] - model[each, targets]
     kl = (np.exp(base) * (base - model)).sum(axis=1)
@@ -98,7 +98,7 @@ def test_change_kl_and_agreement_equal_brute_force(noisy: Path) -> None:
     assert result.top1_agreement == pytest.approx(agree.mean(), abs=1.5 / len(agree))
     assert result.base_perplexity == pytest.approx(np.exp(result.base_loss))
     # The interval over windows: sums of residuals by window, and Student's 97.5 % quantile for 14 degrees of freedom.
-    sums = np.bincount(np.arange(len(targets)) // 127, weights=change - change.mean())
+    sums = np.bincount(np.arange(len(targets)) // 63, weights=change - change.mean())
     assert result.windows == len(sums) == 15
     reach = 2.144787 * np.sqrt(15 / 14 * (sums**2).sum()) / len(change)
     low, high = result.loss_change_ci95

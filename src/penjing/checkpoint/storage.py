@@ -151,6 +151,13 @@ def encode(weight: Weight, quantize: Quantize | None, *, sparse: bool) -> dict[s
     return encode_sparse(weight) if sparse else {"weight": weight}
 
 
+def dense(weight: Weight, format: str | None) -> dict[str, Array]:
+    """A weight → the tensors of a format that others read, named without "X."; None for a weight that has no steps."""
+    if isinstance(weight, AffineTensor):
+        return {"weight": weight.codes} | steps(weight) if format == INT else encode_packed(weight)
+    return {"weight": weight.decode() if isinstance(weight, BitmaskTensor) else weight}
+
+
 def count_zeros(weight: Weight) -> int:
     """How many of a weight's numbers are exactly zero."""
     if isinstance(weight, BitmaskTensor):

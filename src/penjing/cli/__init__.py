@@ -15,7 +15,7 @@ import typer
 from ..errors import PenjingError
 
 # The commands, in the order of the road; each is the function of that name in the module of that name.
-COMMANDS = ("inspect", "compress", "evaluate", "serve", "chat", "bench", "doctor")
+COMMANDS = ("inspect", "compress", "evaluate", "serve", "chat", "bench", "export", "doctor")
 
 # Click's base error; typer carries click inside itself since 0.20 or so, so it is found by name.
 ClickException = cast(

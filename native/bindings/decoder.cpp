@@ -15,10 +15,11 @@ nb::object attend(const In &queries, const In &keys, const In &values, int64_t w
   a.head_dim = static_cast<int64_t>(queries.shape(2));
   for (const In *each : {&keys, &values}) {
     require(each->dtype() == nb::dtype<float>() && each->ndim() == 3 && each->device_type() == nb::device::cpu::value &&
-                each->stride(2) == 1 && each->stride(1) == a.head_dim &&
+                each->stride(2) == 1 && (each->shape(1) == 1 || each->stride(1) == a.head_dim) &&
                 static_cast<int64_t>(each->shape(2)) == a.head_dim,
             "keys, values: give float32 arrays (kv_heads, length, head_dim) whose heads are contiguous");
-    require(each->shape(0) == keys.shape(0) && each->shape(1) == keys.shape(1) && each->stride(0) == keys.stride(0),
+    require(each->shape(0) == keys.shape(0) && each->shape(1) == keys.shape(1) &&
+                (each->shape(0) == 1 || each->stride(0) == keys.stride(0)),
             "keys, values: their shapes differ");
   }
   a.kv_heads = static_cast<int64_t>(keys.shape(0)), a.length = static_cast<int64_t>(keys.shape(1));

@@ -14,6 +14,7 @@ import pytest
 from penjing import kernels
 from penjing.errors import BadInput
 from penjing.kernels import reference
+from penjing.kernels.decoder import MAX_HEAD_DIM
 
 # (queries, heads, kv_heads, head_dim, length, window): heads of odd sizes, several tiles and row blocks, windows that
 # begin within a tile, and one query, as in decoding.
@@ -82,6 +83,14 @@ def test_the_reference_equals_torch() -> None:
     right = torch.nn.functional.silu(gate) * 3
     mine = reference.gated(gate.float().numpy(), np.full((1, 101), 3, np.float32))
     np.testing.assert_allclose(mine, right.numpy(), rtol=1e-6)
+
+
+def test_the_widest_head_is_what_the_kernel_takes() -> None:
+    wide = np.ones((1, 1, MAX_HEAD_DIM + 1), np.float32)
+    fits = np.ascontiguousarray(wide[..., 1:])  # one position: what lies between positions does not matter
+    np.testing.assert_array_equal(kernels.attention(fits, fits, fits), fits)
+    with pytest.raises(ValueError, match=f"1 to {MAX_HEAD_DIM}"):
+        kernels.attention(wide, wide, wide)
 
 
 def test_large_scores_do_not_overflow() -> None:

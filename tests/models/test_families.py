@@ -189,6 +189,7 @@ def test_end_tokens_of_generation_config_go_first(tiny: Any) -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3, expected a divisor"),
         ({"head_dim": 5}, "head_dim = 5, expected an even"),
+        ({"head_dim": 258}, "head_dim = 258; attention is computed for heads of up to 256"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
@@ -220,6 +221,8 @@ def test_bad_calls(tiny: Any) -> None:
         model.forward([models.Chunk(np.array([97]), cache)])
     with pytest.raises(BadInput, match="one or more"):
         model.forward([models.Chunk(tokens(0), cache)])
+    with pytest.raises(BadInput, match="at least one chunk"):
+        model.forward([])
     with pytest.raises(BadInput, match="capacity=65"):
         model.new_cache(65)
     with pytest.raises(BadInput, match=r"truncate\(1\)"):

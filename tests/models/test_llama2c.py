@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from penjing import models
+from penjing.evaluate import evaluate
 from penjing.models.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,16 +100,15 @@ def test_losses_equal_those_of_llama2c_in_float64(folder: Path) -> None:
     tokens = Tokenizer(folder).encode(STORY)
     right = losses(read_model(DATA / "stories260K.bin"), tokens)
     np.testing.assert_allclose(nll(models.load(folder), tokens), right, atol=2e-5)
+    assert evaluate(folder, [STORY]).loss == pytest.approx(right.mean(), abs=1e-5)
     # A trained model is sure of its own story; an untrained one has ln 512 = 6.2.
     assert right.mean() < 0.6
 
 
 @pytest.mark.skipif(not TINYSTORIES.exists(), reason="the TinyStories sample is not part of the repository")
 def test_perplexity_on_tinystories(folder: Path) -> None:
-    model, tokenizer = models.load(folder), Tokenizer(folder)
     stories = TINYSTORIES.read_text().split("<|endoftext|>")
     texts = ["\n".join(line for line in story.split("\n") if line.strip()) for story in stories]
-    tokens = [tokenizer.encode(text) for text in texts if text]
-    each = np.concatenate([nll(model, story) for story in tokens])
-    assert len(each) == 1804
-    assert np.exp(each.mean()) == pytest.approx(3.55, abs=0.005)
+    result = evaluate(folder, [text for text in texts if text], context_length=512)
+    assert result.tokens == 1804
+    assert result.perplexity == pytest.approx(3.55, abs=0.005)

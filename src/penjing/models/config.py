@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint.atomic import read_json
 from ..errors import BadCheckpoint, Unsupported
+from ..kernels.decoder import MAX_HEAD_DIM
 from .rope import Rope, read_rope
 
 EMBEDDING = "model.embed_tokens"
@@ -181,6 +182,8 @@ def read_decoder(
     head_dim = read.integer("head_dim", head_dim or hidden // heads)
     if head_dim % 2:
         raise read.error("head_dim", "an even number, because rotary positions turn pairs")
+    if head_dim > MAX_HEAD_DIM:
+        raise Unsupported(f"{where}: head_dim = {head_dim}; attention is computed for heads of up to {MAX_HEAD_DIM}")
     _check_architecture(read)
     max_position = read.integer("max_position_embeddings")
     bos = read.tokens("bos_token_id")

@@ -92,8 +92,10 @@ class Model:
         Returns float32 logits (chunks, vocabulary) of each chunk's last token, or with ``all_positions`` a list of
         (n, vocabulary), one a chunk. Linear layers see all tokens at once. A sequence's logits do not depend on what
         else is in the batch, except for rounding: matrix products may sum in another order for another
-        number of rows. Raises BadInput for tokens outside the vocabulary and caches that are too small.
+        number of rows. Raises BadInput for tokens outside the vocabulary, caches that are too small, no chunks.
         """
+        if not chunks:
+            raise BadInput("nothing to compute: give at least one chunk")
         for chunk in chunks:
             self._check(chunk)
         sizes = [len(chunk.tokens) for chunk in chunks]

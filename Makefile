@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench serve native clean
+.PHONY: help demo test test-all lint fix bench serve native asan clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,18 @@ native: ## build the native library in place, for work in the source tree (PYTHO
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') >/dev/null
 	cmake --build build/dev
 	cp build/dev/native/_native.*.so src/penjing/
+
+# The library is checked from within an ordinary Python, so its run-time parts are loaded first; what Python itself
+# leaks is not our matter.
+asan: ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTHON needs the test packages)
+	cmake -S . -B build/asan -G Ninja -DPENJING_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug \
+	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') >/dev/null
+	cmake --build build/asan
+	mkdir -p build/asan/site && cp -r src/penjing build/asan/site/
+	cp build/asan/native/_native.*.so build/asan/site/penjing/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/site \
+	  $(PYTHON) -m pytest tests/kernels tests/formats -q -p no:cacheprovider -k "not compressed_tensors and not torch"
 
 clean: ## remove what make made
 	rm -rf $(VENV) build dist out src/penjing/_native.*.so

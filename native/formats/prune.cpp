@@ -1,10 +1,8 @@
 #include "formats/prune.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
-#include "runtime/buffer.h"
 #include "runtime/pool.h"
 
 namespace penjing {
@@ -50,30 +48,51 @@ uint32_t select(const uint32_t *values, int64_t n, int64_t &count) {
   return high << 15 | low;
 }
 
-// A short run: a partial sort of magnitude and place.
+// Zeros where the magnitude is less than the threshold, and in the first `equal` places where it is just that.
 template <class T>
-void prune_run(T *values, int64_t n, int64_t count) {
-  struct Order;
-  auto *keys = scratch<uint64_t, Order>(n);
-  for (int64_t i = 0; i < n; ++i)
-    keys[i] = uint64_t{magnitude(values[i])} << 32 | static_cast<uint64_t>(i);
-  if (count < n)
-    std::nth_element(keys, keys + count, keys + n);
-  for (int64_t i = 0; i < count; ++i)
-    values[keys[i] & 0xffffffffu] = 0;
+void zero_below(T *values, int64_t n, uint32_t threshold, int64_t equal) {
+  const auto limit = static_cast<T>(threshold);
+  constexpr T mask = static_cast<T>(~T{0}) >> 1;
+  int64_t i = 0;
+  for (; i < n && equal > 0; ++i) {
+    const T m = values[i] & mask;
+    equal -= m == limit;
+    values[i] = m <= limit ? T{0} : values[i];
+  }
+  for (; i < n; ++i)
+    values[i] = (values[i] & mask) < limit ? T{0} : values[i];
 }
 
-// A small pattern such as 2 of 4: the smallest, `count` times.
+// A row: its threshold is found eight bits at a time, the highest first.
 template <class T>
-void prune_few(T *values, int64_t n, int64_t count) {
-  bool gone[16] = {};
-  for (; count > 0; --count) {
-    int64_t least = -1;
-    for (int64_t i = 0; i < n; ++i)
-      if (!gone[i] && (least < 0 || magnitude(values[i]) < magnitude(values[least])))
-        least = i;
-    gone[least] = true;
-    values[least] = 0;
+void prune_row(T *values, int64_t n, int64_t count) {
+  uint32_t found = 0, known = 0; // bits of the threshold, and which of them are known
+  for (int shift = 8 * static_cast<int>(sizeof(T)) - 8; shift >= 0; shift -= 8) {
+    int64_t counts[256] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t m = magnitude(values[i]);
+      counts[m >> shift & 255] += (m & known) == found;
+    }
+    uint32_t digit = 0;
+    for (; counts[digit] < count; ++digit)
+      count -= counts[digit];
+    found |= digit << shift;
+    known |= 255u << shift;
+  }
+  zero_below(values, n, found, count);
+}
+
+// A small pattern such as 2 of 4: those that fewer than `count` others come before.
+template <class T, int n>
+void prune_pattern(T *values, int64_t count) {
+  uint32_t m[n];
+  for (int i = 0; i < n; ++i)
+    m[i] = magnitude(values[i]);
+  for (int i = 0; i < n; ++i) {
+    int before = 0;
+    for (int j = 0; j < n; ++j)
+      before += j < i ? m[j] <= m[i] : m[j] < m[i];
+    values[i] = before < count ? T{0} : values[i];
   }
 }
 
@@ -90,12 +109,8 @@ void prune_whole(T *values, int64_t n, int64_t count) {
   for (int64_t task = 0; task < tasks; ++task)
     at[task + 1] += at[task];
   parallel_for(tasks, [&](int64_t task) {
-    int64_t left = equal - at[task];
-    for (int64_t i = task * block; i < std::min(n, (task + 1) * block); ++i) {
-      const uint32_t m = magnitude(values[i]);
-      if (m < threshold || (m == threshold && left-- > 0))
-        values[i] = 0;
-    }
+    const int64_t begin = task * block;
+    zero_below(values + begin, std::min(n - begin, block), threshold, equal - at[task]);
   });
 }
 
@@ -108,7 +123,9 @@ void prune_typed(T *values, int64_t parts, int64_t n, int64_t count) {
   const int64_t each = std::max<int64_t>(1, block / n);
   parallel_for((parts + each - 1) / each, [&](int64_t task) {
     for (int64_t part = task * each; part < std::min(parts, (task + 1) * each); ++part)
-      n <= 16 ? prune_few(values + part * n, n, count) : prune_run(values + part * n, n, count);
+      n == 4   ? prune_pattern<T, 4>(values + part * n, count)
+      : n == 8 ? prune_pattern<T, 8>(values + part * n, count)
+               : prune_row(values + part * n, n, count);
   });
 }
 

@@ -124,22 +124,14 @@ struct Sparse<Code::f32> {
   }
 };
 
-template <class Decode>
-PENJING_INLINE void expand_half_floats(const uint8_t *&p, const uint16_t *mask, Decode &&use) {
-  unroll<16>([&](auto k) __attribute__((always_inline)) {
-    alignas(32) uint16_t words[lanes];
-    expand_words(reinterpret_cast<const uint16_t *>(p), mask[k.value], words);
-    p += 2 * __builtin_popcount(mask[k.value]);
-    use(k, words);
-  });
-}
-
 template <>
 struct Sparse<Code::bf16> {
   template <class Use>
   static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
-    expand_half_floats(p, mask,
-                       [&](auto k, const uint16_t *w) __attribute__((always_inline)) { use(k, from_bf16(w)); });
+    unroll<16>([&](auto k) __attribute__((always_inline)) {
+      use(k, expand_bf16(reinterpret_cast<const uint16_t *>(p), mask[k.value]));
+      p += 2 * __builtin_popcount(mask[k.value]);
+    });
   }
 };
 
@@ -147,7 +139,10 @@ template <>
 struct Sparse<Code::f16> {
   template <class Use>
   static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
-    expand_half_floats(p, mask, [&](auto k, const uint16_t *w) __attribute__((always_inline)) { use(k, from_f16(w)); });
+    unroll<16>([&](auto k) __attribute__((always_inline)) {
+      use(k, expand_f16(reinterpret_cast<const uint16_t *>(p), mask[k.value]));
+      p += 2 * __builtin_popcount(mask[k.value]);
+    });
   }
 };
 
@@ -157,18 +152,22 @@ PENJING_INLINE uint64_t four_columns(const uint16_t *mask) {
   return bits;
 }
 
+template <int quarter, class Use>
+PENJING_INLINE void use_columns(const Codes &codes, Use &&use) {
+  unroll<4>([&](auto k) __attribute__((always_inline)) {
+    use(Constant<4 * quarter + decltype(k)::value>{}, column<decltype(k)::value>(codes));
+  });
+}
+
 template <>
 struct Sparse<Code::int8> {
   template <class Use>
   static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     unroll<4>([&](auto quarter) __attribute__((always_inline)) {
-      alignas(64) int8_t codes[64];
       const uint64_t bits = four_columns(mask + 4 * quarter.value);
-      expand_bytes(reinterpret_cast<const int8_t *>(p), bits, codes);
+      const Codes codes = expand_bytes(reinterpret_cast<const int8_t *>(p), bits);
       p += __builtin_popcountll(bits);
-      unroll<4>([&](auto k) __attribute__((always_inline)) {
-        use(Constant<4 * decltype(quarter)::value + decltype(k)::value>{}, from_int8(codes + k.value * lanes));
-      });
+      use_columns<decltype(quarter)::value>(codes, use);
     });
   }
 };
@@ -179,13 +178,10 @@ struct Sparse<Code::int4> {
   template <class Use>
   static PENJING_INLINE void block(const uint8_t *&p, const uint16_t *mask, Use &&use) {
     unroll<4>([&](auto quarter) __attribute__((always_inline)) {
-      alignas(64) int8_t codes[64];
       const uint64_t bits = four_columns(mask + 4 * quarter.value);
-      expand_nibbles(p, bits, codes);
+      const Codes codes = expand_nibbles(p, bits);
       p += (__builtin_popcountll(bits) + 1) / 2;
-      unroll<4>([&](auto k) __attribute__((always_inline)) {
-        use(Constant<4 * decltype(quarter)::value + decltype(k)::value>{}, from_int8(codes + k.value * lanes));
-      });
+      use_columns<decltype(quarter)::value>(codes, use);
     });
   }
 };

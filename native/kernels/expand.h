@@ -11,23 +11,37 @@ PENJING_INLINE F16 expand_floats(const float *p, uint32_t mask) {
   return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
 }
 
-PENJING_INLINE void expand_words(const uint16_t *p, uint32_t mask, uint16_t *out) {
+PENJING_INLINE __m256i expand_words(const uint16_t *p, uint32_t mask) {
   const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), kept));
+  return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), kept);
 }
 
-PENJING_INLINE void expand_bytes(const int8_t *p, uint64_t mask, int8_t *out) {
-  _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)));
+PENJING_INLINE F16 expand_bf16(const uint16_t *p, uint32_t mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(expand_words(p, mask)), 16));
+}
+
+PENJING_INLINE F16 expand_f16(const uint16_t *p, uint32_t mask) { return _mm512_cvtph_ps(expand_words(p, mask)); }
+
+using Codes = __m512i; // sixteen codes of each of four columns
+
+PENJING_INLINE Codes expand_bytes(const int8_t *p, uint64_t mask) {
+  return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p));
 }
 
 // Nibbles are two's complement, the low one first.
-PENJING_INLINE void expand_nibbles(const uint8_t *p, uint64_t mask, int8_t *out) {
+PENJING_INLINE Codes expand_nibbles(const uint8_t *p, uint64_t mask) {
   const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
   const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
   const __m512i sign = _mm512_set1_epi8(8);
-  const __m512i codes = _mm512_sub_epi8(_mm512_xor_si512(nibbles, sign), sign);
-  _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, codes));
+  return _mm512_maskz_expand_epi8(mask, _mm512_sub_epi8(_mm512_xor_si512(nibbles, sign), sign));
 }
+
+template <int k>
+PENJING_INLINE F16 column(Codes codes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(codes, k)));
+}
+
+PENJING_INLINE Quads expand_quads(const int8_t *p, uint64_t mask) { return expand_bytes(p, mask); }
 
 #else
 
@@ -41,42 +55,65 @@ PENJING_INLINE F16 expand_floats(const float *p, uint32_t mask) {
   return load(out);
 }
 
-PENJING_INLINE void expand_words(const uint16_t *p, uint32_t mask, uint16_t *out) {
+struct HalfFloats {
+  uint16_t v[16];
+};
+
+PENJING_INLINE HalfFloats expand_words(const uint16_t *p, uint32_t mask) {
+  HalfFloats out;
   for (int i = 0; i < 16; ++i) {
     const uint32_t bit = mask >> i & 1;
-    out[i] = bit ? *p : uint16_t{0};
+    out.v[i] = bit ? *p : uint16_t{0};
     p += bit;
   }
+  return out;
 }
 
-PENJING_INLINE void expand_bytes(const int8_t *p, uint64_t mask, int8_t *out) {
+PENJING_INLINE F16 expand_bf16(const uint16_t *p, uint32_t mask) { return from_bf16(expand_words(p, mask).v); }
+
+PENJING_INLINE F16 expand_f16(const uint16_t *p, uint32_t mask) { return from_f16(expand_words(p, mask).v); }
+
+struct Codes {
+  int8_t v[64]; // sixteen codes of each of four columns
+};
+
+PENJING_INLINE Codes expand_bytes(const int8_t *p, uint64_t mask) {
+  Codes out;
 #if defined(__AVX2__)
   for (int i = 0; i < 64; i += 8) {
     const uint64_t places = _pdep_u64(mask >> i & 255, 0x0101010101010101u) * 255;
     uint64_t kept;
     std::memcpy(&kept, p, sizeof kept);
     kept = _pdep_u64(kept, places);
-    std::memcpy(out + i, &kept, sizeof kept);
+    std::memcpy(out.v + i, &kept, sizeof kept);
     p += __builtin_popcountll(mask >> i & 255);
   }
 #else
   for (int i = 0; i < 64; ++i) {
     const uint64_t bit = mask >> i & 1;
-    out[i] = bit ? *p : int8_t{0};
+    out.v[i] = bit ? *p : int8_t{0};
     p += bit;
   }
 #endif
+  return out;
 }
 
-PENJING_INLINE void expand_nibbles(const uint8_t *p, uint64_t mask, int8_t *out) {
+PENJING_INLINE Codes expand_nibbles(const uint8_t *p, uint64_t mask) {
   int8_t codes[72];
   for (int i = 0; i < 32; ++i) {
     codes[2 * i] = static_cast<int8_t>(static_cast<int8_t>(p[i] << 4) >> 4);
     codes[2 * i + 1] = static_cast<int8_t>(static_cast<int8_t>(p[i]) >> 4);
   }
   std::memset(codes + 64, 0, 8);
-  expand_bytes(codes, mask, out);
+  return expand_bytes(codes, mask);
 }
+
+template <int k>
+PENJING_INLINE F16 column(const Codes &codes) {
+  return from_int8(codes.v + k * 16);
+}
+
+PENJING_INLINE Quads expand_quads(const int8_t *p, uint64_t mask) { return quads(expand_bytes(p, mask).v); }
 
 #endif
 

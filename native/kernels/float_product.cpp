@@ -88,15 +88,13 @@ void tile(const FloatProduct &p, const float *decoded, int64_t panel, int64_t ro
       write(y + r * w.rows + i * lanes, sum[r][i], lanes_of(w, panel + i));
 }
 
-template <int panels>
+template <int panels, int rows = tile_rows>
 void tiles(const FloatProduct &p, const float *decoded, int64_t panel, int64_t row, int64_t row_end, int64_t column,
            int64_t columns) {
-  for (; row + tile_rows <= row_end; row += tile_rows)
-    tile<tile_rows, panels>(p, decoded, panel, row, column, columns);
-  for (; row + 2 <= row_end; row += 2)
-    tile<2, panels>(p, decoded, panel, row, column, columns);
-  if (row < row_end)
-    tile<1, panels>(p, decoded, panel, row, column, columns);
+  for (; row + rows <= row_end; row += rows)
+    tile<rows, panels>(p, decoded, panel, row, column, columns);
+  if constexpr (rows > 1)
+    tiles<panels, rows == 12 ? 8 : (rows + 1) / 2>(p, decoded, panel, row, row_end, column, columns);
 }
 
 float *decoded_columns() {

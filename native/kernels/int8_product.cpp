@@ -27,17 +27,7 @@ struct Rows {
   }
 };
 
-PENJING_INLINE Quads weight_quads(const Int8Weight &w, int64_t panel, int64_t quad, const int8_t *&kept) {
-  if (!w.mask)
-    return quads(w.values + (panel * w.quads + quad) * 64);
-  alignas(64) int8_t codes[64];
-  const uint64_t mask = w.mask[panel * w.quads + quad];
-  expand_bytes(kept, mask, codes);
-  kept += __builtin_popcountll(mask);
-  return quads(codes);
-}
-
-// sum[r][i] = Σ x · w over all quads; the first `ones` panels' worth of nothing but x when the weight is null.
+// sum[r][i] = Σ x · w over all quads.
 template <int rows, int panels, bool sparse, bool gathered>
 PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t panel, I16 (&sum)[rows][panels]) {
   for (auto &row : sum)
@@ -50,10 +40,13 @@ PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t p
     const int64_t at = gathered ? x.quad_offset[q] : 4 * q;
     Quads weight[panels];
     for (int i = 0; i < panels; ++i) {
-      if constexpr (sparse)
-        weight[i] = weight_quads(w, panel + i, q, kept[i]);
-      else
+      if constexpr (sparse) {
+        const uint64_t mask = w.mask[(panel + i) * w.quads + q];
+        weight[i] = expand_quads(kept[i], mask);
+        kept[i] += __builtin_popcountll(mask);
+      } else {
         weight[i] = quads(kept[i] + q * 64);
+      }
     }
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < panels; ++i)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-NOVELIST = Path(__file__).parent / "novelist"
+NOVELIST = Path(os.path.relpath(Path(__file__).parent / "novelist"))  # short enough to be read in a command
 VARIANTS = {
     "int4": ["--bits", "4", "--group-size", "64"],
     "int4 + 50 % sparse": [
@@ -32,6 +33,7 @@ VARIANTS = {
         *("--prune-method", "l1", "--sparsity", "0.5", "--sparse-storage", "bitmask"),
     ],
 }
+TOKENS = 8192  # of the evaluation text: enough for a narrow interval, few enough for a minute
 PROMPT = "It was a dark night, and the old man"
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     for library in ("matplotlib", "openai"):
         need(library)
     start = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
     original = penjing_json("inspect", NOVELIST)
     results = {name: shape_and_measure(name, flags, output) for name, flags in VARIANTS.items()}
     print_table(original, results)
@@ -56,7 +59,7 @@ def shape_and_measure(name: str, flags: list[str], output: Path) -> dict[str, An
     folder = output / folder_of(name)
     shutil.rmtree(folder, ignore_errors=True)
     compressed = penjing_json("compress", NOVELIST, "-o", folder, *flags)
-    against = ["--data", NOVELIST / "evaluation.txt", "--against", NOVELIST]
+    against = ["--data", NOVELIST / "evaluation.txt", "--against", NOVELIST, "--max-tokens", str(TOKENS)]
     return compressed | penjing_json("evaluate", folder, *against)
 
 
@@ -80,10 +83,11 @@ def program() -> list[str]:
 
 
 def print_table(original: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "MB", "bits/weight", "loss", "ΔL ± 95 %", "KL", "same top word")
+    table = Table("", "MB", "bpw", "loss", "ΔL ± 95 %", "KL", "top-1", box=SIMPLE)
     first = next(iter(results.values()))
     table.add_row(
         "Novelist, bf16",

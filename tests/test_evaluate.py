@@ -224,6 +224,7 @@ def test_bad_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
         ({"stride": 0}, "stride=0"),
         ({"stride": 513}, "stride=513: give 1 to context_length = 512"),
         ({"max_tokens": 1}, "max_tokens=1"),
+        ({"threads": 0}, "threads=0: give 1 to 256"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, int], message: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels, models
+from . import models
 from .errors import BadInput, PenjingError
 from .models.tokenizer import Tokenizer
 from .stats import paired_change
@@ -110,6 +110,7 @@ def evaluate(
     """
     began = time.monotonic()
     streams = [models.stream(folder) for folder in ([model] if against is None else [model, against])]
+    models.use_threads(threads)
     stride = context_length if stride is None else stride
     _check_settings(streams, context_length, stride, max_tokens)
     texts = read_texts(data) if isinstance(data, (str, Path)) else list(data)
@@ -117,8 +118,6 @@ def evaluate(
     windows = [window for document in documents for window in cut(document, context_length, stride)]
     if not windows:
         raise BadInput(f"{_name(data)}: the text is {sum(map(len, documents))} tokens; at least 2 are needed")
-    if threads is not None:
-        kernels.set_threads(threads)
     total = len(windows) * sum(stream.config.layers + 1 for stream in streams)
     scores = _measure(streams, windows, _Counter(progress or _ignore, total))
     return Evaluation(

@@ -11,13 +11,24 @@ from pathlib import Path
 
 from .. import kernels
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import BadCheckpoint, Unsupported, nearest
+from ..errors import BadCheckpoint, BadInput, Unsupported, nearest
 from .config import ModelConfig, read_object
 from .model import Chunk, KVCache, Model
 from .streaming import Stream
 from .weights import check_tensors
 
-__all__ = ["FAMILIES", "Chunk", "KVCache", "Model", "ModelConfig", "Stream", "load", "read_config", "stream"]
+__all__ = [
+    "FAMILIES",
+    "Chunk",
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "Stream",
+    "load",
+    "read_config",
+    "stream",
+    "use_threads",
+]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -47,13 +58,22 @@ def _open(model: str | Path | Checkpoint) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
+def use_threads(count: int | None) -> None:
+    """Let the kernels of this process use so many threads, or leave them as they are; BadInput for what cannot be."""
+    if count is None:
+        return
+    try:
+        kernels.set_threads(count)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
 def load(model: str | Path | Checkpoint, *, threads: int | None = None) -> Model:
     """A whole model in memory. ``threads``: for the kernels of this process; all cores by default."""
+    use_threads(threads)
     checkpoint = _open(model)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    if threads is not None:
-        kernels.set_threads(threads)
     return Model(checkpoint, config)
 
 

@@ -27,7 +27,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], end_tokens: Iterable[int], vocab_size: int):
         self.params = params
-        self._draw = np.random.Generator(np.random.Philox(key=[params.seed & MASK64, params.choice]))
+        key = np.array([params.seed & MASK64, params.choice], np.uint64)
+        self._draw = np.random.Generator(np.random.Philox(key=key))
         self._ends = np.array(sorted(end_tokens), np.int64)
         self._bias_ids = np.array(list(params.logit_bias), np.int64)
         self._bias = np.array(list(params.logit_bias.values()), np.float32)

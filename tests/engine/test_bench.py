@@ -1,0 +1,46 @@
+"""`penjing bench`: its fields, and figures that fit together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penjing import models
+from penjing.engine.bench import bench, bytes_read_per_token
+from penjing.errors import BadInput
+
+NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
+
+
+def test_json() -> None:
+    program = [sys.executable, "-m", "penjing", "bench", NOVELIST, "--runs", "1", "--decode-tokens", "8", "--json"]
+    answer = subprocess.run(program, capture_output=True, text=True, check=True)
+    found = json.loads(answer.stdout)
+    decode = found["decode_tokens_per_second"]
+    assert decode.keys() == {"1", "8"}
+    assert found["prefill_tokens"] == 512
+    assert min(found["prefill_tokens_per_second"], *decode.values(), found["load_seconds"]) > 0
+    model = models.load(NOVELIST)
+    assert found["weights_bytes"] == model.weights_bytes
+    read = model.weights_bytes + (16 + 4) * model.kv_bytes_per_token  # the head is the embedding
+    expected = read * decode["1"] / (found["bandwidth_gbps"] * 1e9)
+    assert found["bandwidth_fraction"] == pytest.approx(expected, abs=2e-4)
+    assert found["peak_rss_bytes"] > found["weights_bytes"]
+
+
+def test_an_embedding_of_its_own_is_not_read() -> None:
+    model = models.load(NOVELIST)
+    tied = bytes_read_per_token(model, 10)
+    object.__setattr__(model.config, "tied_embeddings", False)
+    assert bytes_read_per_token(model, 10) == tied - model.embedding.nbytes
+
+
+def test_refusals() -> None:
+    with pytest.raises(BadInput, match="do not fit into its window of 1024"):
+        bench(NOVELIST, decode_tokens=1020)
+    with pytest.raises(BadInput, match="runs=0"):
+        bench(NOVELIST, runs=0)

@@ -1,0 +1,211 @@
+"""The engine on a model that counts: batches, chunks, ends, aborts, failures."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import END, VOCABULARY, Toy
+
+from penjing.engine.engine import Engine
+from penjing.engine.messages import Event, Request, SamplingParams
+from penjing.engine.scheduler import Limits
+from penjing.errors import BadInput, OutOfBudget
+
+
+def engine(model: Toy | None = None, **changes: int) -> Engine:
+    values = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 200, "kv_bytes": 1 << 20}
+    clock = itertools.count()
+    limits = Limits(**{**values, "kv_bytes_per_token": 100, "mixed_prefill": 8, "scored_prefill": 8, **changes})
+    return Engine(model or Toy(), limits, clock=lambda: float(next(clock)))
+
+
+def request(name: str, prompt: list[int], count: int, **values: object) -> Request:
+    return Request(name, prompt, SamplingParams(max_tokens=count, temperature=0, **values))
+
+
+def run(one: Engine, limit: int = 10_000) -> dict[str, list[Event]]:
+    events: dict[str, list[Event]] = {}
+    for _ in range(limit):
+        if not one.has_work:
+            return events
+        for event in one.step():
+            events.setdefault(event.request_id, []).append(event)
+    raise AssertionError("it never ends")
+
+
+def tokens(events: list[Event]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=90), st.integers(1, 60)),
+        min_size=1,
+        max_size=10,
+    )
+)
+def test_any_batch_gives_what_each_gives_alone(requests) -> None:
+    one = engine()
+    for index, (prompt, count) in enumerate(requests):
+        one.add(request(str(index), prompt, count))
+    found = run(one)
+    for index, (prompt, count) in enumerate(requests):
+        expected = Toy.text(prompt, count)
+        assert tokens(found[str(index)]) == expected
+        reason = "stop" if expected[-1] == END else "length"
+        assert [event.finish_reason for event in found[str(index)]] == [None] * (len(expected) - 1) + [reason]
+    assert one.stats().kv_bytes_used == 0
+
+
+def test_sequences_share_steps() -> None:
+    model = Toy()
+    one = engine(model)
+    for index in range(4):
+        one.add(request(str(index), [1, 2], 10))
+    run(one)
+    assert model.steps[0] == [2, 2, 2, 2]
+    assert model.steps[1:] == [[1, 1, 1, 1]] * 9
+
+
+def test_a_late_prompt_joins_without_stopping_the_others() -> None:
+    model = Toy()
+    one = engine(model)
+    one.add(request("a", [1, 2], 30))
+    one.step()
+    one.add(request("b", [3] * 20, 2))
+    written = [len(tokens([event for event in one.step() if event.request_id == "a"])) for _ in range(5)]
+    assert written == [1] * 5
+    assert model.steps[1:4] == [[1, 8], [1, 8], [1, 4]]
+
+
+def test_ends() -> None:
+    start = END - 3  # …, 47, 48, 49
+    assert tokens(run_one(request("a", [start], 20))) == [47, 48, 49]
+    assert tokens(run_one(request("a", [start], 6, ignore_eos=True))) == [47, 48, 49, 0, 1, 2]
+    stopped = run_one(request("a", [start], 20, stop_token_ids=(48,)))
+    assert (tokens(stopped), stopped[-1].finish_reason) == ([47, 48], "stop")
+    assert tokens(run_one(request("a", [start], 20, ignore_eos=True, stop_token_ids=(0,)))) == [47, 48, 49, 0]
+    longer = run_one(request("a", [start], 8, min_tokens=5))
+    assert END not in tokens(longer)[:5]
+    nothing = run_one(request("a", [start], 0))
+    assert (tokens(nothing), nothing[-1].finish_reason) == ([], "length")
+
+
+def run_one(asked: Request) -> list[Event]:
+    return list(engine().run(asked))
+
+
+def test_prompt_logprobs_across_chunks_and_beside_others() -> None:
+    prompt = list(range(1, 31))
+    model = Toy()
+    one = engine(model)
+    one.add(request("plain", [5, 6], 12))
+    one.add(request("scored", prompt, 1, logprobs=2, prompt_logprobs=1))
+    found = run(one)
+    scores = found["scored"][0].prompt_logprobs
+    assert len(scores) == 29
+    for place, score in enumerate(scores):
+        logits = Toy.logits(prompt[: place + 1]).astype(np.float64)
+        assert score.chosen == pytest.approx(logits[prompt[place + 1]] - np.logaddexp.reduce(logits), abs=1e-5)
+        assert score.top[0][0] == Toy.next(prompt[: place + 1])
+    assert found["scored"][0].logprobs[0].top[0][0] == tokens(found["scored"])[0]
+    assert tokens(found["plain"]) == Toy.text([5, 6], 12)
+    assert max(max(step) for step in model.steps) <= 8
+
+
+def test_abort_in_the_queue_in_the_prompt_and_while_writing() -> None:
+    one = engine(max_num_seqs=2)
+    for name, prompt in (("writes", [1]), ("reads", [2] * 90), ("waits", [3]), ("stays", [4])):
+        one.add(request(name, prompt, 20))
+    one.step()
+    assert (one.stats().running, one.stats().waiting) == (2, 2)
+    for name in ("waits", "reads", "writes", "unknown"):
+        one.abort(name)
+    assert one.stats().kv_bytes_used == 0
+    found = run(one)
+    assert list(found) == ["stays"]
+    assert tokens(found["stays"]) == Toy.text([4], 20)
+
+
+def test_closing_the_iterator_aborts() -> None:
+    one = engine()
+    events = one.run(request("a", [1], 50))
+    next(events)
+    events.close()
+    assert not one.has_work
+    assert one.stats().kv_bytes_used == 0
+
+
+def test_a_failing_model_fails_its_requests_and_nothing_else() -> None:
+    model = Toy(broken=MemoryError("no more"))
+    one = engine(model)
+    one.add(request("a", [1], 5))
+    found = run(one)
+    assert found["a"][0].finish_reason == "error"
+    assert "no more" in found["a"][0].error
+    one.add(request("b", [1], 5))
+    assert tokens(run(one)["b"]) == Toy.text([1], 5)
+
+
+def test_damaged_logits_end_the_request() -> None:
+    class Damaged(Toy):
+        @classmethod
+        def logits(cls, given: list[int]) -> np.ndarray:
+            return np.full(VOCABULARY, np.nan, np.float32)
+
+    one = engine(Damaged())
+    one.add(request("a", [1], 5))
+    assert "not finite" in run(one)["a"][0].error
+
+
+def test_no_memory_for_a_cache_fails_that_request() -> None:
+    class Full(Toy):
+        def new_cache(self, capacity: int):
+            if capacity > 50:
+                raise MemoryError
+            return super().new_cache(capacity)
+
+    one = engine(Full())
+    one.add(request("large", [1], 100))
+    one.add(request("small", [1], 5))
+    found = run(one)
+    assert "cache of 100 tokens" in found["large"][0].error
+    assert tokens(found["small"]) == Toy.text([1], 5)
+
+
+def test_refusals() -> None:
+    one = engine(kv_bytes=1000)
+    for wrong, message in [
+        (request("a", [], 5), "empty"),
+        (request("a", [VOCABULARY], 5), "token 50 is outside the vocabulary of 50"),
+        (request("a", [1], 5, logit_bias={99: 1}), "token 99"),
+        (request("a", [1], 5, stop_token_ids=(77,)), "token 77"),
+        (request("a", [1] * 150, 51), "max_model_len is 200"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            one.add(wrong)
+    with pytest.raises(OutOfBudget, match="1000 for all requests together"):
+        one.add(request("a", [1] * 10, 2))
+    one.add(request("a", [1], 2))
+    with pytest.raises(BadInput, match="already there"):
+        one.add(request("a", [1], 2))
+    assert one.stats().waiting == 1
+
+
+def test_timings_come_from_the_clock() -> None:
+    one = engine(max_num_seqs=1)
+    one.add(request("a", [1], 3))
+    one.add(request("b", [1], 3))
+    found = run(one)
+    first, second = found["a"][-1].timings, found["b"][-1].timings
+    assert min(*vars_of(first), *vars_of(second)) >= 0
+    assert second.queue > first.queue
+    assert first.decode > 0
+
+
+def vars_of(timings) -> tuple[float, float, float]:
+    return timings.queue, timings.prefill, timings.decode

@@ -15,12 +15,14 @@ __version__ = "0.1.0"
 # verb → the module that has it
 _VERBS = {
     "attach": "penjing.modules",
+    "bench": "penjing.engine.bench",
     "compress": "penjing.compress",
     "evaluate": "penjing.evaluate",
     "load": "penjing.modules",
     "prune": "penjing.modules",
     "quantize": "penjing.modules",
     "save": "penjing.modules",
+    "serve": "penjing.serve.server",
 }
 __all__ = ["__version__", *_VERBS]
 

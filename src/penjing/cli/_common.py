@@ -6,16 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-def one_pool_of_threads() -> None:
-    """Before numpy is imported: its library for matrix products shall not start threads of its own.
-
-    They would spin on the cores that the kernels' threads work on. The user's own setting goes before this one.
-    """
-    import os
-
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:
     """A bar with the time left on standard error, for as long as the context lasts: call it with (done, all).

@@ -23,10 +23,8 @@ def bench(
     """
     import json
 
-    from ._common import one_pool_of_threads, progress_bar
-
-    one_pool_of_threads()
     from ..engine.bench import bench as measure
+    from ._common import progress_bar
 
     with progress_bar("measuring") as progress:
         result = measure(model, threads=threads, runs=runs, decode_tokens=decode_tokens, progress=progress)

@@ -34,9 +34,6 @@ def chat(
     import json
     from pathlib import Path
 
-    from ._common import one_pool_of_threads
-
-    one_pool_of_threads()
     from ..engine.messages import Load, SamplingParams
     from ..engine.process import load
     from ..models.tokenizer import Tokenizer

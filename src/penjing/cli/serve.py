@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,30 +37,26 @@ def serve(
     """
     import logging
 
-    from ..engine.messages import Load
     from ..errors import Unsupported
     from ..serve.server import serve as run
-    from ..serve.service import Settings
     from ._common import parse_size
 
     if kv_cache_dtype not in ("auto", "float32"):
         raise Unsupported(f"--kv-cache-dtype={kv_cache_dtype!r}: the cache is kept in float32; give auto or float32")
     logging.basicConfig(level=logging.WARNING, format="penjing: %(message)s")
     logging.getLogger("penjing").setLevel(logging.INFO)
-    load = Load(
-        folder=model,
-        memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
+    run(
+        model,
+        host=host,
+        port=port,
+        api_keys=api_key or (),
+        served_model_names=served_model_name or (),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
-        threads=threads,
-    )
-    settings = Settings(
-        load=load,
-        names=tuple(served_model_name or ()) or (Path(model).resolve().name,),
-        api_keys=tuple(api_key or ()),
+        max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_reqs=max_num_queued_reqs,
+        memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
+        threads=threads,
         shutdown_timeout=shutdown_timeout,
-        chat_template=Path(chat_template) if chat_template else None,
+        chat_template=chat_template,
     )
-    run(settings, host, port)

@@ -82,7 +82,7 @@ class EngineProcess:
                 *(sys.executable, "-P", "-m", "penjing.engine.process", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
-                env={"OPENBLAS_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},  # see cli/_common.py
+                env={**os.environ, "PYTHONPATH": path},
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._send(self.settings)

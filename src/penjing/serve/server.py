@@ -6,11 +6,14 @@ import asyncio
 import logging
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from ..checkpoint import open_checkpoint
+from ..engine.messages import Load
 from ..errors import PenjingError
 from ..models import read_config
 from ..models.tokenizer import Tokenizer
@@ -22,12 +25,44 @@ log = logging.getLogger("penjing.serve")
 KEEP_ALIVE_SECONDS = 30
 
 
-def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_keys: Sequence[str] = (),
+    served_model_names: Sequence[str] = (),
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 512,
+    max_num_queued_reqs: int = 256,
+    memory_budget: int | None = None,
+    threads: int | None = None,
+    shutdown_timeout: float = 30.0,
+    chat_template: str | Path | None = None,
+) -> None:
     """Answer until SIGTERM or SIGINT; prints the address when the model is loaded.
 
+    memory_budget: bytes.  shutdown_timeout: seconds.  None: as much as there is. See `Settings` and docs/serve.md.
     What is wrong with the model's folder or the address is found before anything is loaded. Raises PenjingError if
     the port is taken or the engine cannot load the model.
     """
+    load = Load(
+        folder=str(model),
+        memory_budget=memory_budget,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
+        threads=threads,
+    )
+    settings = Settings(
+        load=load,
+        names=tuple(served_model_names) or (Path(model).resolve().name,),
+        api_keys=tuple(api_keys),
+        max_num_queued_reqs=max_num_queued_reqs,
+        shutdown_timeout=shutdown_timeout,
+        chat_template=Path(chat_template) if chat_template is not None else None,
+    )
     checkpoint = open_checkpoint(settings.load.folder)
     config = read_config(checkpoint)
     checkpoint.close()

@@ -174,6 +174,7 @@ def test_attach_gives_every_module_the_verbs_and_only_when_asked(monkeypatch: py
     model = SimpleNet()
     assert "conv1" in str(model.prune())
     result = model.quantize()
+    assert "int8 × int8 dynamic, a step a channel" in str(result)
     assert result.bytes_before < 0.54 * 248_024
     assert result.bytes_after < 0.18 * 248_024
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -17,7 +17,7 @@ from ..stats import Change, paired_change
 from . import masks
 from .data import Batch, Loss, batches, evaluating, losses, split
 from .fold import fold_batch_norms
-from .layers import Coded, Compute, buffers, can_be_integer, convert, keep_off_fast_paths
+from .layers import Coded, CodedLayer, Compute, buffers, can_be_integer, convert, keep_off_fast_paths
 from .result import Result, Row
 from .snapshot import Snapshot
 from .storage import stored_bytes, total_bytes
@@ -163,7 +163,8 @@ class _Plan:
 
     def describe(self, target: Target) -> str:
         size = {PER_CHANNEL: "channel", PER_TENSOR: "tensor"}.get(self.grid.group_size, f"{self.grid.group_size}")
-        activations = "weights" if self.compute(target) == "stored" else f"× int8 {self.method}"
+        assert isinstance(target.module, CodedLayer)
+        activations = "weights" if target.module.coded.compute == "stored" else f"× int8 {self.method}"
         return f"int{self.grid.bits} {activations}, a step a {size}"
 
 

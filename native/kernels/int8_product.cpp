@@ -67,40 +67,52 @@ void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
   }
 }
 
-PENJING_INLINE void scatter(int32_t *out, const int32_t *values, int n, int64_t stride) {
-  for (int i = 0; i < n; ++i)
-    out[i * stride] = values[i];
-}
-
-PENJING_INLINE void scatter(float *out, const float *values, int n, int64_t stride) {
-  for (int i = 0; i < n; ++i)
-    out[i * stride] = values[i];
-}
-
-// From raw sums to exact ones, and to y.
-PENJING_INLINE void finish(const Int8Product &p, int64_t panel, int64_t row, I16 sum, I16 x_sum) {
+// From a raw sum to the exact one.
+PENJING_INLINE I16 exact(const Int8Product &p, int64_t panel, int64_t row, I16 sum, I16 x_sum) {
   const Int8Weight &w = *p.weight;
-  const int64_t left = w.rows - panel * lanes, at = row * p.row_stride + panel * lanes * p.output_stride;
-  const int n = static_cast<int>(left < lanes ? left : lanes);
   sum = isub(sum, imul(isplat(p.zero[row * p.x_stride]), iload(w.sum + panel * lanes)));
-  if (w.zero_point)
-    sum = isub(sum, imul(x_sum, iload(w.zero_point + panel * lanes)));
-  if (p.sums) {
-    int32_t exact[lanes];
-    istore(exact, sum);
-    scatter(p.sums + at, exact, n, p.output_stride);
-    return;
-  }
+  return w.zero_point ? isub(sum, imul(x_sum, iload(w.zero_point + panel * lanes))) : sum;
+}
+
+PENJING_INLINE F16 scaled(const Int8Product &p, int64_t panel, int64_t row, I16 sum) {
   F16 y = mul(mul(to_float(sum), splat(p.step[row * p.x_stride])), load(p.scale + panel * lanes));
   if (p.bias)
     y = add(y, load(p.bias + panel * lanes));
-  if (p.relu)
-    y = max(y, zero());
-  if (p.output_stride == 1)
-    return n == lanes ? store(p.y + at, y) : store(p.y + at, y, n);
-  float values[lanes];
-  store(values, y);
-  scatter(p.y + at, values, n, p.output_stride);
+  return p.relu ? max(y, zero()) : y;
+}
+
+// A tile of one panel, to rows × n places. An image has its outputs far apart, so each gets all of its pixels at once.
+template <int rows, class T>
+PENJING_INLINE void write(T *out, const T (&tile)[rows][lanes], int n, int64_t row_stride, int64_t output_stride) {
+  for (int i = 0; i < n; ++i)
+    for (int r = 0; r < rows; ++r)
+      out[r * row_stride + i * output_stride] = tile[r][i];
+}
+
+template <int rows, int panels>
+PENJING_INLINE void finish(const Int8Product &p, int64_t panel, int64_t row, const I16 (&sum)[rows][panels], int i,
+                           const I16 (&x_sum)[rows]) {
+  const int64_t left = p.weight->rows - (panel + i) * lanes;
+  const int64_t at = row * p.row_stride + (panel + i) * lanes * p.output_stride;
+  const int n = static_cast<int>(left < lanes ? left : lanes);
+  if (p.sums) {
+    alignas(64) int32_t sums[rows][lanes];
+    for (int r = 0; r < rows; ++r)
+      istore(sums[r], exact(p, panel + i, row + r, sum[r][i], x_sum[r]));
+    return write(p.sums + at, sums, n, p.row_stride, p.output_stride);
+  }
+  F16 y[rows];
+  for (int r = 0; r < rows; ++r)
+    y[r] = scaled(p, panel + i, row + r, exact(p, panel + i, row + r, sum[r][i], x_sum[r]));
+  if (p.output_stride == 1) {
+    for (int r = 0; r < rows; ++r)
+      n == lanes ? store(p.y + at + r * p.row_stride, y[r]) : store(p.y + at + r * p.row_stride, y[r], n);
+    return;
+  }
+  alignas(64) float values[rows][lanes];
+  for (int r = 0; r < rows; ++r)
+    store(values[r], y[r]);
+  write(p.y + at, values, n, p.row_stride, p.output_stride);
 }
 
 template <int rows, int panels>
@@ -119,9 +131,8 @@ void tile(const Int8Product &p, int64_t panel, int64_t row) {
   else
     for (I16 &s : x_sum)
       s = izero();
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < panels; ++i)
-      finish(p, panel + i, row + r, sum[r][i], x_sum[r]);
+  for (int i = 0; i < panels; ++i)
+    finish(p, panel, row, sum, i, x_sum);
 }
 
 template <int rows, int panels>

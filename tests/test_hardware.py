@@ -136,6 +136,19 @@ def test_this_machine() -> None:
     assert found.bandwidth_gbps > 0.1
 
 
+def test_peak_memory_is_this_programs_own() -> None:
+    """A child of a large process does not begin with its parent's peak, and counts what it takes itself."""
+    ballast = bytearray(b"x") * (300 << 20)
+    code = (
+        "from penjing.hardware import peak_memory_bytes as peak\n"
+        "before = peak(); taken = bytearray(b'x') * (100 << 20); print(before, peak())"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, answer.stdout.split())
+    assert before < 100 << 20 < len(ballast)
+    assert before + (90 << 20) < after < before + (150 << 20)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "penjing", *arguments], capture_output=True, text=True)
 

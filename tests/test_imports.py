@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "hardware": {"kernels", "_native"},
     "stats": set(),
     "report": {"stats"},
-    "evaluate": {"checkpoint", "formats", "kernels", "models", "stats"},
+    "evaluate": {"checkpoint", "formats", "hardware", "kernels", "models", "stats"},
     "verify": {"checkpoint", "formats", "kernels", "models"},
     "compress": {"checkpoint", "evaluate", "formats", "kernels", "methods", "models", "hardware", "verify"},
     "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},

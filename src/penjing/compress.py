@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import resource
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +19,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from . import __version__, kernels, verify
+from . import __version__, hardware, kernels, verify
 from .checkpoint import Checkpoint, artifact, open_checkpoint, storage
 from .checkpoint.atomic import write_json
 from .checkpoint.folder import CONFIG, INDEX
@@ -285,7 +283,7 @@ def _files(plan: Plan) -> list[str]:
 def _fit_memory(plan: Plan, limit: int | None) -> tuple[Plan, int]:
     """A plan that keeps the limit (reading less at a time where that helps), and what it needs at most."""
     apart = {module: apply.by_rows(rule) for module, rule in plan.rules.items()}
-    here = _peak_rss()
+    here = hardware.peak_memory_bytes()
     bounds = []
     chunk = CHUNK_BYTES
     while chunk >= _SMALLEST_CHUNK:
@@ -298,11 +296,6 @@ def _fit_memory(plan: Plan, limit: int | None) -> tuple[Plan, int]:
         f"memory_limit={limit} bytes: this model and recipe need {min(bounds)} bytes at least;"
         " smaller files (--shard-size) or a higher limit would do"
     )
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check_disk(plan: Plan, journal: Journal) -> None:
@@ -319,7 +312,7 @@ def _result(
     return CompressResult(
         output=str(output),
         seconds=time.monotonic() - start,
-        peak_rss_bytes=_peak_rss(),
+        peak_rss_bytes=hardware.peak_memory_bytes(),
         memory_bound_bytes=bound,
         resumed_at_block=resumed_at,
         already_done=already,

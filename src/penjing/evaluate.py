@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from . import models
+from . import hardware, models
 from .errors import BadInput, PenjingError
 from .models.tokenizer import Tokenizer
 from .stats import paired_change
@@ -126,7 +124,7 @@ def evaluate(
         stride=stride,
         windows=len(windows),
         seconds=time.monotonic() - began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_rss_bytes=hardware.peak_memory_bytes(),
     )
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -80,6 +82,18 @@ def memory_available_bytes(root: Path = Path("/")) -> int:
             used = (_numbers(group / "memory.current") or _numbers(group / "memory.usage_in_bytes") or [0])[0]
             room.append(max(0, limit - max(0, used - _page_cache(group))))
     return min(room)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had resident so far.
+
+    From /proc where there is one: `getrusage` begins with what the parent had when it started this program.
+    """
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 def cpu_name(root: Path = Path("/")) -> str:

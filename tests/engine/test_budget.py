@@ -61,7 +61,7 @@ def test_the_default_stays_below_what_there_is() -> None:
 def test_the_process_stays_within_the_count() -> None:
     """The peak of a process that fills all its caches and its largest steps, against the ledger's sum."""
     code = f"""
-import resource
+from penjing import hardware
 from penjing.engine.messages import Load, Request, SamplingParams
 from penjing.engine.process import load
 from penjing.engine import budget
@@ -71,7 +71,7 @@ for index in range(4):
     engine.add(Request(str(index), [5] * 1000, SamplingParams(max_tokens=8, ignore_eos=True, top_p=0.9)))
 while engine.has_work:
     engine.step()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = hardware.peak_memory_bytes()
 step = budget.activation_bytes(engine.model.config, 512, 4, 64)
 print(peak, ready.weights_bytes + ready.kv_bytes + step + budget.PROCESSES_BYTES)
 """

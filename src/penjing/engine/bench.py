@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -118,7 +117,7 @@ def bench(
             decode[streams].append(_decode(engine, streams, decode_tokens))
             progress(next(done), total)
     single = Spread.of(decode[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the bandwidth takes its own buffers
+    peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffers
     bandwidth = hardware.bandwidth_gbps()
     read = bytes_read_per_token(cast(Model, engine.model), DECODE_PROMPT + decode_tokens / 2)
     return Benchmark(

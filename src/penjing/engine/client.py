@@ -41,7 +41,8 @@ class Generation:
     async def next(self, timeout: float | None = None) -> Event | None:
         """The next event, or None if there is none for ``timeout`` seconds."""
         try:
-            event = await asyncio.wait_for(self._queue.get(), timeout)
+            async with asyncio.timeout(timeout):  # wait_for loses a cancellation that meets an event, before 3.12
+                event = await self._queue.get()
         except TimeoutError:
             return None
         if event.finish_reason:

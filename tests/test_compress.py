@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -461,7 +460,7 @@ def test_memory_limit_is_kept_or_refused(tmp_path: Path, model: Path) -> None:
     child = subprocess.run([sys.executable, "-c", code, str(NOVELIST), str(tmp_path / "n")], stdout=subprocess.PIPE)
     answer = json.loads(child.stdout)
     assert answer["peak_rss_bytes"] <= answer["memory_bound_bytes"] <= 300 << 20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+    assert answer["peak_rss_bytes"] > 30 << 20
 
 
 def test_self_check_notices_wrong_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

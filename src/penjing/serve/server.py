@@ -102,11 +102,11 @@ async def _serve(service: Service, listener: socket.socket, host: str) -> None:
     starting = asyncio.create_task(service.engine.start())
     try:
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done() and not starting.exception():
+        if starting.done() and starting.exception():
+            server.should_exit = True
+        elif not service.draining:  # asked to stop while it loads, it closes the socket: nothing to announce
             shown = f"[{host}]" if ":" in host else host
             _announce(service, f"http://{shown}:{listener.getsockname()[1]}")
-        elif starting.done():
-            server.should_exit = True
         await serving
         if starting.done():
             starting.result()

@@ -23,6 +23,7 @@ _VERBS = {
     "quantize": "penjing.modules",
     "save": "penjing.modules",
     "serve": "penjing.serve.server",
+    "to_onnx": "penjing.modules",
 }
 __all__ = ["__version__", *_VERBS]
 

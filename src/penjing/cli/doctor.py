@@ -32,7 +32,12 @@ PARTS = (
         "pip install transformers torch-pruning",
         ("transformers", "torch_pruning"),
     ),
-    Part("onnx, onnxruntime", "export to ONNX", "pip install onnx onnxruntime", ("onnx", "onnxruntime")),
+    Part(
+        "onnx, onnxscript, onnxruntime",
+        "export to ONNX",
+        "pip install 'penjing[onnx]'",
+        ("onnx", "onnxscript", "onnxruntime"),
+    ),
     Part(
         "matplotlib, openai, scikit-learn",
         "make demo and the examples",

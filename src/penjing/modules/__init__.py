@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from .load import load
+from .onnx import to_onnx
 from .prune import prune
 from .quantize import quantize
 from .result import Result
 from .save import save
 
-__all__ = ["Result", "attach", "load", "prune", "quantize", "save"]
+__all__ = ["Result", "attach", "load", "prune", "quantize", "save", "to_onnx"]
 
 
 def attach() -> None:

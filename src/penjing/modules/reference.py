@@ -19,6 +19,14 @@ from torch.nn import functional
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
+def dynamic_steps(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Steps float32 and zero points int32 of x float32, each from its range along ``axes``, which are kept as 1."""
+    low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-128 - low / scale).round().clamp(-128, 127).to(torch.int32)
+
+
 def activation_codes(
     x: Tensor, axes: tuple[int, ...], step: float | None = None, zero: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,10 +34,7 @@ def activation_codes(
     if step is not None:
         scale, zeros = torch.tensor(step, dtype=torch.float32), torch.tensor(zero, dtype=torch.int32)
     else:
-        low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
-        scale = (high - low) / 255
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zeros = (-128 - low / scale).round().clamp(-128, 127).to(torch.int32)
+        scale, zeros = dynamic_steps(x, axes)
     codes = (x * (1 / scale) + zeros).round().clamp(-128, 127).to(torch.int8)
     return codes, scale, zeros
 

@@ -22,11 +22,13 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def run(file: Path, *inputs: Tensor) -> list[Any]:
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(
-        None, dict(zip((i.name for i in session.get_inputs()), (x.numpy() for x in inputs), strict=True))
-    )
+def run(file: Path, *inputs: Tensor, as_written: bool = False) -> list[Any]:
+    """The outputs, with the graph as it is in the file or as onnxruntime's optimizer rewrites it."""
+    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if as_written else levels.ORT_ENABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+    return session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
 
 
 def operators(file: Path) -> Counter[str]:
@@ -82,6 +84,8 @@ def test_simplenet(settings: dict[str, Any], pairs: int, float_size: int, tmp_pa
     # a batch of another length, and numbers that the export has not seen
     fresh = numbers((7, 3, 32, 32), 3)
     np.testing.assert_allclose(run(file, fresh)[0], net(fresh).numpy(), rtol=0, atol=2 * result.allowed)
+    exact = np.abs(run(file, fresh, as_written=True)[0] - net(fresh).numpy()).max(1)
+    assert np.median(exact) <= 1e-5 * result.largest  # no value on another code, in most samples
     assert str(tmp_path.parent) not in file.read_bytes().decode("latin1")
 
 
@@ -119,7 +123,7 @@ def test_convolutions(settings: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "shape", "symmetric"),
-    [("static", (5, 3, 16), True), ("dynamic", (5, 3, 16), False), ("dynamic", (4, 16), True)],
+    [("static", (5, 3, 16), True), ("dynamic", (5, 3, 16), False)],
 )
 def test_one_linear_differs_by_whole_steps_or_not_at_all(
     method: str, shape: tuple[int, ...], symmetric: bool, tmp_path: Path
@@ -204,6 +208,7 @@ def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, inputs, target, message in [
         ("net", x, file, "a str was given"),
         (layer, 3, file, "has no tensor"),
+        (layer, x.bfloat16(), file, "is bfloat16"),
         (layer, torch.randn(2, 5), file, "does not take example_inputs"),
         (layer, x, tmp_path / "none" / "net.onnx", "in a folder that is there"),
         (layer, x, tmp_path, "in a folder that is there"),
@@ -218,18 +223,14 @@ def test_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", ["codes", "step"])
-def test_other_answers_are_an_error(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_answers_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = SimpleNet(), numbers((3, 3, 32, 32), 1)
     penjing.quantize(net, "static", data=numbers((8, 3, 32, 32), 2))
     real = export.trace_codes
 
     def broken(root: nn.Module) -> None:
         real(root)
-        if wrong == "step":
-            root.fc2.weight_scale *= 1.1
-        else:
-            root.fc2.weight_codes += 3
+        root.fc2.weight_scale *= 1.1
 
     monkeypatch.setattr(export, "trace_codes", broken)
     with pytest.raises(PenjingError, match="onnxruntime's answers differ"):

@@ -91,7 +91,12 @@ def to_onnx(
         masks.bake(twin)
         expected = [_answers(twin, each, dynamic_batch) for each in _checked(inputs, dynamic_batch)]
         trace_codes(twin)
-        model = _export(twin, inputs, dynamic_batch)
+        try:
+            model = _export(twin, inputs, dynamic_batch)
+        except Exception as error:
+            hint = "; dynamic_batch=False may help" if dynamic_batch else ""
+            name = type(module).__name__
+            raise Unsupported(f"torch cannot export {name} to ONNX: {_line(error)}{hint}") from error
     weights = _pack(model)
     data = _serialize(model, path)
     difference = _compare(data, expected, path)
@@ -116,6 +121,8 @@ def _example(given: Any) -> Batch:
     tensors = _tensors(inputs)
     if not tensors:
         raise BadInput(f"example_inputs has no tensor ({type(given).__name__}): give what the module is called with")
+    if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
+        raise Unsupported("example_inputs is bfloat16, which onnxruntime does not compute on CPUs: use module.float()")
     inputs = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
     return Batch(inputs, None, len(tensors[0]) if tensors[0].dim() else 1)
 
@@ -173,12 +180,14 @@ def _allowed(module: nn.Module, inputs: Batch, outputs: list[Tensor], largest: f
     def nudge(layer: nn.Module, args: tuple[Any, ...]) -> Any:
         assert isinstance(layer, CodedLayer)
         x = args[0]
-        axes = tuple(range(1, x.dim())) if isinstance(layer, CodedConv) else (-1,)
-        scale = dynamic_steps(x.float(), axes)[0] if layer.coded.step is None else layer.coded.step
-        noise = NUDGE * (2 * torch.rand(x.shape, generator=generator) - 1)
-        samples = noise.view(len(x), -1)
-        samples.scatter_(1, torch.randint(samples.shape[1], (len(x), 1), generator=generator), 1)
-        return (x + noise * scale, *args[1:])
+        conv = isinstance(layer, CodedConv)
+        batch = x if x.dim() > (layer.get_buffer("weight_codes").dim() - 1 if conv else 1) else x[None]
+        axes = tuple(range(1, batch.dim())) if conv else (-1,)
+        scale = dynamic_steps(batch.float(), axes)[0] if layer.coded.step is None else layer.coded.step
+        noise = NUDGE * (2 * torch.rand(batch.shape, generator=generator) - 1)
+        samples = noise.view(len(batch), -1)
+        samples.scatter_(1, torch.randint(samples.shape[1], (len(batch), 1), generator=generator), 1)
+        return ((batch + noise * scale).view(x.shape).to(x.dtype), *args[1:])
 
     def round_bias(layer: nn.Module, _: Any, y: Tensor) -> Tensor:
         assert isinstance(layer, CodedLayer)
@@ -206,16 +215,17 @@ def _line(error: BaseException) -> str:
     """The first line of the error that was at the beginning."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch's exporter warns of its own deprecated calls and of packages that it could also use."""
-    logger = logging.getLogger("torch.onnx")
-    level, fast = logger.level, torch.backends.mha.get_fastpath_enabled()
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript", "onnx_ir"))}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention reads weights where nothing is traced
     try:
         with warnings.catch_warnings():
@@ -223,7 +233,8 @@ def _quiet() -> Iterator[None]:
                 warnings.simplefilter("ignore", category)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
@@ -237,14 +248,10 @@ def _export(twin: nn.Module, inputs: Batch, dynamic_batch: bool) -> Any:
         shapes = pytree.tree_map(lambda x: axis if isinstance(x, Tensor) and x.dim() else None, given)
     kwargs = dict(inputs.inputs) if isinstance(inputs.inputs, Mapping) else None
     args = () if kwargs else inputs.inputs if isinstance(inputs.inputs, tuple) else (inputs.inputs,)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                twin, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
-            )
-    except Exception as error:
-        hint = "; dynamic_batch=False may help" if dynamic_batch else ""
-        raise Unsupported(f"torch cannot export {type(twin).__name__} to ONNX: {_line(error)}{hint}") from error
+    with _quiet():
+        program = torch.onnx.export(
+            twin, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+        )
     assert program is not None
     model = program.model_proto
     for item in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):

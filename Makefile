@@ -38,6 +38,7 @@ fix: $(VENV)/.linters ## let ruff and clang-format mend what they can
 
 bench: $(VENV)/.installed ## start-up times, and the speed of Novelist on this machine
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/penjing bench examples/novelist
 
 serve: $(VENV)/.installed ## serve Novelist at http://127.0.0.1:8000
 	$(BIN)/penjing serve examples/novelist

@@ -33,7 +33,7 @@ class ExportResult:
 def export(model: str | Path, output: str | Path, format: str = "compressed-tensors") -> ExportResult:
     """Write a model folder anew. Raises Unsupported for another format, BadInput for a folder that is not empty."""
     if format not in FORMATS:
-        raise Unsupported(f"format {format!r}: Penjing exports checkpoints to {nearest(format, FORMATS)}")
+        raise Unsupported(f"format {format!r} cannot be written; {nearest(format, FORMATS)}")
     checkpoint, folder = open_checkpoint(model), Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is there and not empty; give a folder that is empty or does not exist")

@@ -8,11 +8,13 @@ import re
 import uuid
 from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
@@ -31,64 +33,73 @@ MAX_IGNORED = 100  # names of unknown fields that are remembered, so that each i
 GONE = 499  # nobody reads it; the name that proxies have for it
 
 
-def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="Penjing", version=__version__, redirect_slashes=False, openapi_url=None)
+def create_app(service: Service) -> Starlette:
+    app = Starlette(
+        routes=[*_service_routes(service), *_model_routes(service), *_token_routes(service)],
+        middleware=[Middleware(Gate, service=service)],
+        exception_handlers={
+            APIError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _gone,
+            Exception: _crash,
+        },
+    )
+    app.router.redirect_slashes = False
     app.state.ignored = set()
-    app.add_middleware(Gate, service=service)
-    app.add_exception_handler(APIError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _crash)
-    _add_service_routes(app, service)
-    _add_model_routes(app, service)
-    _add_token_routes(app, service)
     return app
 
 
-def _add_service_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    @app.get("/ping")
-    async def health() -> Response:
+def _service_routes(service: Service) -> list[Route]:
+    async def health(request: Request) -> Response:
         if illness := service.illness():
             raise unavailable(f"{illness[0].upper()}{illness[1:]}.", "unhealthy")
         return json_response({"status": "ok"})
 
-    @app.get("/health/ready")
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         service.check_able()
         return json_response({"status": "ready"})
 
-    @app.get("/version")
-    async def version() -> Response:
+    async def version(request: Request) -> Response:
         return json_response({"version": __version__})
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    return [
+        Route("/health", health),
+        Route("/ping", health),
+        Route("/health/ready", ready),
+        Route("/version", version),
+        Route("/metrics", metrics),
+    ]
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+
+def _model_routes(service: Service) -> list[Route]:
     def model(name: str) -> dict[str, Any]:
         about = {"id": name, "object": "model", "created": service.created, "owned_by": "penjing"}
         return {**about, "root": service.name, "max_model_len": service.max_model_len or None}
 
-    @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         return json_response({"object": "list", "data": [model(name) for name in service.settings.names]})
 
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
         if name not in service.settings.names:
             raise model_not_found(name, "`, `".join(service.settings.names))
         return json_response(model(name))
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _generate(request, service, CompletionRequest, Completion)
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await _generate(request, service, ChatRequest, Chat)
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    ]
 
 
 async def _generate(
@@ -106,8 +117,7 @@ async def _generate(
     return json_response(await until_disconnect(request.receive, work.answer()))
 
 
-def _add_token_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize")
+def _token_routes(service: Service) -> list[Route]:
     async def tokenize(request: Request) -> Response:
         asked = await _read(request, TokenizeRequest)
         service.check_model(asked.model)
@@ -134,13 +144,17 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             answer["token_strs"] = [service.bytes_of(token).decode(errors="replace") for token in tokens]
         return json_response(answer)
 
-    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         asked = await _read(request, DetokenizeRequest)
         service.check_model(asked.model)
         service.check_tokens(asked.tokens, "tokens")
         text = service.prompts.tokenizer.decode(asked.tokens, skip_special_tokens=False)
         return json_response({"prompt": text})
+
+    return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]
 
 
 async def _read(request: Request, kind: type[AnyRequest]) -> AnyRequest:

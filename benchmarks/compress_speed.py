@@ -126,7 +126,8 @@ def render(size: str, read: int, written: int, results: dict[str, Runs], interpr
         [
             f"# Round-to-nearest int4, groups of 128: {size} parameters",
             "",
-            f"{read / MB:,.0f} MB read, {written / MB:,.0f} MB written; alternating runs: {len(ours)}; median (spread).",
+            f"{read / MB:,.0f} MB read, {written / MB:,.0f} MB written;"
+            f" alternating runs: {len(ours)}; median (spread).",
             f"{platform.machine()}, {os.cpu_count()} cores. Made by `benchmarks/compress_speed.py`.",
             "",
             "| | time | Penjing's time ÷ this | peak RSS over the interpreter's |",

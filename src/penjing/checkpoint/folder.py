@@ -140,10 +140,11 @@ def open_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> C
         raise BadCheckpoint(f"{folder}: {what}")
     if config is None:
         config = _read_config(folder)
-    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder)}
+    index = _read_index(folder) if (folder / INDEX).exists() else None
+    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder, index)}
     checkpoint = Checkpoint(folder, config, files)
-    if (folder / INDEX).exists():
-        _check_index(folder, files)
+    if index is not None:
+        _check_index(folder, index, files)
     return checkpoint
 
 
@@ -158,7 +159,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor → the file that holds it."""
     path = folder / INDEX
     index = read_json(path, BadCheckpoint)
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -170,9 +172,9 @@ def _index(folder: Path) -> dict[str, str]:
     return places
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX).exists():
-        shards = sorted(set(_index(folder).values()))
+def _weight_files(folder: Path, index: Mapping[str, str] | None) -> list[str]:
+    if index is not None:
+        shards = sorted(set(index.values()))
         missing = [name for name in shards if not (folder / name).exists()]
         if missing:
             raise BadCheckpoint(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} are)")
@@ -189,9 +191,8 @@ def _weight_files(folder: Path) -> list[str]:
     raise BadCheckpoint(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _check_index(folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
+def _check_index(folder: Path, index: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
     """Index and shards agree: each tensor is where the index says, and nowhere else."""
-    index = _index(folder)
     for tensor, file in index.items():
         if tensor not in files[file].infos:
             raise BadCheckpoint(f"{folder / file}: tensor {tensor} is missing; {INDEX} says it is here")

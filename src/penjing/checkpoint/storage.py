@@ -12,29 +12,26 @@ The first two are read by vLLM and transformers; the bitmask by Penjing alone.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import BadCheckpoint, Unsupported
-from ..formats import packed
-from ..formats.affine import PER_CHANNEL, PER_TENSOR, AffineTensor, Grid
+from ..formats import bitmask, packed
+from ..formats.affine import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, AffineTensor, Grid, spread
 from ..formats.bitmask import BitmaskTensor
 from ..recipe import Quantize
 
 Array = NDArray[Any]
 Weight = NDArray[Any] | AffineTensor | BitmaskTensor
-PACKED, INT, DENSE = "pack-quantized", "int-quantized", "dense"
-# The names a module's weight may be stored under, after "X."; the first that is there says how.
-PARTS = ("weight_packed", "weight.bitmask", "weight")
-SCALE_NAMES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16"}
-SCALE_NAMES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
+PACKED, INT = "pack-quantized", "int-quantized"
+SCALE_NAMES = {np.dtype(dtype): name for name, dtype in SCALE_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -197,22 +194,16 @@ def _codes(
     words = parts["weight.compressed"].reshape(1, -1)
     if words.dtype != np.int32 or words.shape[1] != packed.words(count, grid.bits):
         raise BadCheckpoint(f"{where}: the bitmask keeps {count} codes, weight.compressed has another number")
-    pruned = np.zeros((rows, 1), np.int8) if zero_point is None else np.repeat(zero_point, _width(zero_point, shape), 1)
-    codes = np.broadcast_to(pruned, (rows, columns)).copy()
+    codes = np.zeros((rows, columns), np.int8) if zero_point is None else spread(zero_point, (rows, columns)).copy()
     codes[kept] = kernels.unpack(words, grid.bits, count)[0]
     return codes
-
-
-def _width(steps: Array, shape: tuple[int, ...]) -> int:
-    """Columns that one step is for."""
-    return int(shape[1] // steps.shape[1])
 
 
 def _bits(parts: Mapping[str, Array], shape: tuple[int, int], where: str) -> NDArray[np.bool_]:
     mask = parts["weight.bitmask"]
     if mask.dtype != np.uint8 or mask.shape != (shape[0], -(-shape[1] // 8)):
         raise BadCheckpoint(f"{where}: weight.bitmask is {mask.dtype} {mask.shape}, which is wrong for weight {shape}")
-    return np.unpackbits(mask, axis=1, count=shape[1], bitorder="little").astype(bool)
+    return bitmask.kept(mask, shape[1])
 
 
 def decode_sparse(parts: Mapping[str, Array], where: str) -> BitmaskTensor:
@@ -238,25 +229,17 @@ def encode_packed(tensor: AffineTensor, *, sparse: bool = False) -> dict[str, Ar
     if sparse:
         pruned = np.int8(0) if tensor.zero_point is None else spread(tensor.zero_point, tensor.shape)
         kept = tensor.codes != pruned
-        counts = kept.sum(axis=1, dtype=np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)[:-1]])
-        mask = np.packbits(kept, axis=1, bitorder="little")
-        values = BitmaskTensor(tensor.codes[kept], mask, offsets, tensor.shape)
+        places = kernels.bitmask_encode(kept.view(np.uint8))
+        values = dataclasses.replace(places, values=tensor.codes[kept])
         parts = _sparse_parts(values, lambda codes: kernels.pack(codes[None], bits)[0])
     else:
         parts = {"weight_packed": kernels.pack(tensor.codes, bits), "weight_shape": np.array(tensor.shape, np.int64)}
     return parts | steps(tensor)
 
 
-def spread(zero_point: NDArray[np.int8], shape: tuple[int, int]) -> NDArray[np.int8]:
-    """A zero point for each weight: (out or 1, groups) → (out, in)."""
-    return np.broadcast_to(np.repeat(zero_point, _width(zero_point, shape), axis=1), shape)
-
-
 def steps(tensor: AffineTensor) -> dict[str, Array]:
     """weight_scale and, off the symmetric grid, the packed weight_zero_point of a weight."""
-    scales = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    parts: dict[str, Array] = {"weight_scale": tensor.scale.astype(scales[tensor.grid.scale_dtype])}
+    parts: dict[str, Array] = {"weight_scale": tensor.scale.astype(SCALE_DTYPES[tensor.grid.scale_dtype])}
     if tensor.zero_point is not None:
         zero = kernels.pack(np.ascontiguousarray(tensor.zero_point.T), tensor.grid.bits)
         parts["weight_zero_point"] = np.ascontiguousarray(zero.T)

@@ -140,6 +140,11 @@ def encode(
     return rounded.reshape(weight.shape)
 
 
+def spread(steps: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    """Steps or zero points, (out, groups) or (1, 1), as one for each weight: a read-only (out, in)."""
+    return np.broadcast_to(np.repeat(steps, shape[1] // steps.shape[1], axis=1), shape)
+
+
 def decode(
     codes: NDArray[np.int8], scale: NDArray[np.float32], zero_point: NDArray[np.int8] | None
 ) -> NDArray[np.float32]:

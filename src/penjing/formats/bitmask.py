@@ -48,7 +48,11 @@ def encode(matrix: NDArray[Any]) -> BitmaskTensor:
 
 def decode(values: NDArray[Any], bitmask: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[Any]:
     """Values back at their places: a matrix of ``shape`` with the values' dtype."""
-    kept = np.unpackbits(bitmask, axis=1, count=shape[1], bitorder="little").astype(bool)
     matrix = np.zeros(shape, values.dtype)
-    matrix[kept] = values
+    matrix[kept(bitmask, shape[1])] = values
     return matrix
+
+
+def kept(bitmask: NDArray[np.uint8], columns: int) -> NDArray[np.bool_]:
+    """Which weights a bitmask (rows, ceil(columns / 8)) keeps: bool (rows, columns)."""
+    return np.unpackbits(bitmask, axis=1, count=columns, bitorder="little").astype(bool)

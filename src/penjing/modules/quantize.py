@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..errors import BadInput, PenjingError, nearest
 from ..formats import affine
-from ..formats.affine import PER_CHANNEL, PER_TENSOR, AffineTensor, Grid
+from ..formats.affine import PER_CHANNEL, PER_TENSOR, Grid
+from ..methods import rtn
 from ..methods.observers import observer as find_observer
 from ..stats import Change, paired_change
 from . import masks
@@ -155,7 +155,7 @@ class _Plan:
         if id(parameter) not in self._encoded:
             matrix = parameter.detach().float().reshape(len(parameter), -1).numpy()
             try:
-                tensor = encode(matrix, self.grid, self.observer)
+                tensor = rtn.solve(matrix, {}, rtn.Config(self.grid, self.observer))
             except BadInput as error:
                 raise BadInput(f"{target.name or 'the module'}.{name}: {error}; or ignore this layer") from None
             self._encoded[id(parameter)] = (parameter, buffers(tensor, parameter.shape))
@@ -166,16 +166,6 @@ class _Plan:
         assert isinstance(target.module, CodedLayer)
         activations = "weights" if target.module.coded.compute == "stored" else f"× int8 {self.method}"
         return f"int{self.grid.bits} {activations}, a step a {size}"
-
-
-def encode(matrix: Any, grid: Grid, observer: str = "minmax") -> AffineTensor:
-    """A matrix float32 (out, in) on a grid, each step's range chosen by the observer."""
-    if observer == "minmax":
-        return kernels.quantize(matrix, grid)
-    steps = (1, 1) if grid.group_size == PER_TENSOR else (len(matrix), grid.groups(matrix.shape[1]))
-    low, high = find_observer(observer)(matrix.reshape(steps[0] * steps[1], -1), grid)
-    scale, zero_point = affine.fit(low.reshape(steps), high.reshape(steps), grid)
-    return AffineTensor(affine.encode(matrix, scale, zero_point, grid), scale, zero_point, grid)
 
 
 def _calibrate(root: nn.Module, targets: list[Target], found: list[Batch], observer: str) -> dict[str, Step]:

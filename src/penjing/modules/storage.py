@@ -133,7 +133,7 @@ def decode_affine(name: str, stored: Arrays, grid: Grid, shape: tuple[int, ...])
     count = rows * columns
     if name + MASK in stored:
         mask = _mask(name, stored, rows, columns)
-        kept = np.unpackbits(mask, axis=1, count=columns, bitorder="little").astype(bool)
+        kept = bitmask.kept(mask, columns)
         count = int(kept.sum())
     expected = count if grid.bits == 8 else packed.words(count, grid.bits)
     if stored[name].size != expected or stored[name].dtype != (np.int8 if grid.bits == 8 else np.int32):
@@ -141,8 +141,7 @@ def decode_affine(name: str, stored: Arrays, grid: Grid, shape: tuple[int, ...])
     codes = _unpack(stored[name], grid.bits, count)
     if name + MASK in stored:
         steps = np.zeros(groups, np.int8) if zero is None else zero
-        spread = np.broadcast_to(steps, (rows, groups[1])).repeat(columns // groups[1], axis=1)
-        dense = np.array(spread, np.int8)
+        dense = affine.spread(steps, (rows, columns)).astype(np.int8)
         dense[kept] = codes
         codes = dense
     return AffineTensor(codes.reshape(rows, columns), scale, zero, grid)

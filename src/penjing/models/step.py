@@ -1,0 +1,53 @@
+"""What goes into one step of a model and what comes out of it: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of one sequence.
+
+    tokens: int32 (n,), guesses last.  start: the position of the first.  table: int32 (blocks,), the physical cache
+    blocks of the sequence in order, enough for ``start + n`` positions.  slot: where the state of the sequence is, for
+    families that have one; a chunk with ``start == 0`` clears it.
+    sampler: draws what follows (a native `Sampler`); None fills the cache only.  guesses: how many of the last tokens
+    are guesses at what the sampler will draw.  logprobs: alternatives wanted beside each drawn token, None for no
+    log-probabilities.  score: (alternatives, the token that follows the chunk, or −1 for none): log-probabilities of
+    each token's follower.
+    """
+
+    tokens: NDArray[np.int32]
+    start: int
+    table: NDArray[np.int32]
+    slot: int = 0
+    sampler: Any = None
+    guesses: int = 0
+    logprobs: int | None = None
+    score: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural log-probabilities of the token that stands there and of the likeliest ones, best first."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step found for one chunk.
+
+    tokens: drawn ones: with g guesses 1 to g + 1, without a sampler none.  logprobs: one a drawn token, if wanted.
+    scores: one a follower, if wanted: n, or n − 1 when the one after the chunk is not known.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    scores: list[Logprobs] = field(default_factory=list)

@@ -25,6 +25,8 @@ namespace {
 // Spins before a thread goes to sleep: about 20 microseconds, the gap between two products of a decoder layer.
 constexpr int spins = 1000;
 
+std::atomic<int> awake{0}; // how many `Awake` there are
+
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -71,8 +73,8 @@ public:
       worker.join();
   }
 
-  void run(int64_t count, const std::function<void(int64_t)> &task) {
-    task_ = &task;
+  void run(int64_t count, Task task) {
+    task_ = task;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
@@ -89,9 +91,9 @@ public:
   }
 
 private:
-  void take(const std::function<void(int64_t)> &task, int64_t count) {
+  void take(Task task, int64_t count) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
-      task(i);
+      task.run(task.context, i);
   }
 
   void work();
@@ -101,6 +103,10 @@ private:
       if (const uint64_t now = round_.load(); now != seen)
         return now;
       relax();
+      if (spin == spins - 1 && awake.load(std::memory_order_relaxed)) {
+        std::this_thread::yield(); // to whoever else needs this processor
+        spin = 0;
+      }
     }
     std::unique_lock lock(mutex_);
     sleeping_.fetch_add(1);
@@ -115,7 +121,7 @@ private:
   std::atomic<uint64_t> round_{0};
   std::atomic<int> sleeping_{0}, busy_{0};
   std::atomic<int64_t> next_{0};
-  const std::function<void(int64_t)> *task_ = nullptr;
+  Task task_{};
   int64_t count_ = 0;
   bool stopping_ = false;
 };
@@ -128,7 +134,7 @@ void Pool::work() {
     seen = await(seen);
     if (stopping_)
       return;
-    take(*task_, count_);
+    take(task_, count_);
     busy_.fetch_sub(1, std::memory_order_release);
   }
 }
@@ -168,13 +174,17 @@ void set_threads(int count) {
   shared().size = count;
 }
 
-void parallel_for(int64_t count, const std::function<void(int64_t)> &task) {
+Awake::Awake() { awake.fetch_add(1); }
+
+Awake::~Awake() { awake.fetch_sub(1); }
+
+void run_parallel(int64_t count, Task task) {
   std::unique_lock<std::mutex> lock;
   if (count > 1 && !inside)
     lock = std::unique_lock(shared().mutex, std::try_to_lock);
   if (!lock.owns_lock() || shared().size == 1) {
     for (int64_t i = 0; i < count; ++i)
-      task(i);
+      task.run(task.context, i);
     return;
   }
   if (!shared().pool)

@@ -45,9 +45,11 @@ class Result:
     """What a step found for one chunk.
 
     tokens: drawn ones: with g guesses 1 to g + 1, without a sampler none.  logprobs: one a drawn token, if wanted.
-    scores: one a follower, if wanted: n, or n − 1 when the one after the chunk is not known.
+    scores: one a follower, if wanted: n, or n − 1 when the one after the chunk is not known.  error: why this sequence
+    cannot go on (its logits are not finite), while the others of the step can.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     scores: list[Logprobs] = field(default_factory=list)
+    error: str | None = None

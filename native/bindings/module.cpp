@@ -11,6 +11,7 @@ void matrix(nb::module_ &m);
 void integer(nb::module_ &m);
 void formats(nb::module_ &m);
 void decoder(nb::module_ &m);
+void kv(nb::module_ &m);
 } // namespace penjing::bindings
 
 NB_MODULE(_native, m) {
@@ -23,4 +24,5 @@ NB_MODULE(_native, m) {
   penjing::bindings::integer(m);
   penjing::bindings::formats(m);
   penjing::bindings::decoder(m);
+  penjing::bindings::kv(m);
 }

@@ -1,4 +1,5 @@
 // Attention and the gate of the MLP: what of a decoder is not a product with a weight.
+#include "kernels/exponential.h"
 #include "kernels/kernels.h"
 #include "kernels/simd.h"
 
@@ -25,21 +26,6 @@ Scratch &scratch() {
 
 PENJING_INLINE int lesser(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 PENJING_INLINE int greater(int64_t a, int64_t b) { return static_cast<int>(a > b ? a : b); }
-
-// e^x for x in [−87, 88], to 2 units in the last place; less becomes e^−87. After Cephes' expf.
-PENJING_INLINE F16 exponential(F16 x) {
-  x = max(splat(-87), x); // in this order a NaN stays one
-  const I16 n = round(mul(x, splat(1.44269504f)));
-  const F16 whole = to_float(n);
-  const F16 r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), x));
-  F16 p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = add(fma(mul(p, r), r, r), splat(1));
-  return mul(p, as_float(shift_left<23>(iadd(n, isplat(127)))));
-}
 
 PENJING_INLINE float sum(const F16 &v) {
   float each[lanes];

@@ -16,6 +16,8 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::decode_panel)> decode_panel;                                                              \
   Function<decltype(Kernels::int8_product)> int8_product;                                                              \
   Function<decltype(Kernels::attend)> attend;                                                                          \
+  Function<decltype(Kernels::attend_cached)> attend_cached;                                                            \
+  Function<decltype(Kernels::write_cached)> write_cached;                                                              \
   Function<decltype(Kernels::gated)> gated;                                                                            \
   Function<decltype(Kernels::range)> range;                                                                            \
   Function<decltype(Kernels::encode_bytes)> encode_bytes;                                                              \
@@ -28,9 +30,9 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::has_nonfinite)> has_nonfinite;                                                            \
   Function<decltype(Kernels::compress)> compress;                                                                      \
   Function<decltype(Kernels::expand)> expand;                                                                          \
-  constexpr Kernels table = {float_product, decode_panel,  int8_product, attend,       gated,         range,           \
-                             encode_bytes,  encode_quads,  to_float,     group_ranges, encode_groups, pack,            \
-                             unpack,        has_nonfinite, compress,     expand};                                      \
+  constexpr Kernels table = {float_product, decode_panel, int8_product, attend,        attend_cached, write_cached,    \
+                             gated,         range,        encode_bytes, encode_quads,  to_float,      group_ranges,    \
+                             encode_groups, pack,         unpack,       has_nonfinite, compress,      expand};         \
   }
 
 PENJING_TABLE(scalar)

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cached.h"
+
 namespace penjing {
 
 constexpr int lanes = 16;
@@ -82,6 +84,10 @@ struct Kernels {
 
   // Rows are (query, head of the key's group), in that order.
   void (*attend)(const Attention &, int64_t kv_head, int64_t row_begin, int64_t row_end);
+  // See cached.h. Rows are as above; scratch: cached_scratch floats.
+  void (*attend_cached)(const CachedAttention &, int64_t row_begin, int64_t row_end, float *scratch);
+  // One position of a head: its key and value into the head's part of a block.
+  void (*write_cached)(const KvHead &, uint8_t *part, int position, const float *key, const float *value);
   // out = gate · sigmoid(gate) · up.
   void (*gated)(const float *gate, const float *up, int64_t n, float *out);
 

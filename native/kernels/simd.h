@@ -46,6 +46,18 @@ PENJING_INLINE F16 from_bf16(const uint16_t *p) {
 PENJING_INLINE F16 from_f16(const uint16_t *p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 }
+// Rounded to nearest, ties to even; a NaN stays one.
+PENJING_INLINE void store_f16(uint16_t *p, F16 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+PENJING_INLINE void store_bf16(uint16_t *p, F16 v) {
+  const I16 bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const I16 rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 none = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const I16 kept = _mm512_mask_mov_epi32(rounded, none, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
 PENJING_INLINE F16 from_int8(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
 }
@@ -131,6 +143,22 @@ PENJING_INLINE F16 from_bf16(const uint16_t *p) {
 PENJING_INLINE F16 from_f16(const uint16_t *p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p + 8)))};
+}
+PENJING_INLINE void store_f16(uint16_t *p, F16 v) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(v.a, nearest));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(p + 8), _mm256_cvtps_ph(v.b, nearest));
+}
+PENJING_INLINE void store_bf16(uint16_t *p, F16 v) {
+  const auto upper = [](__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 none = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(none)), 16);
+  };
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
+                      _mm256_permute4x64_epi64(_mm256_packus_epi32(upper(v.a), upper(v.b)), 0xd8));
 }
 PENJING_INLINE __m256i lane_mask(uint32_t mask) { // all bits of lane i where bit i is set
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -235,6 +263,23 @@ PENJING_INLINE F16 from_f16(const uint16_t *p) {
   const U16 all = halves(p), sign = (all & 0x8000u) << 16, rest = (all & 0x7fffu) << 13;
   const U16 finite = (U16)((F16)rest * 0x1p112f);
   return (F16)((rest >= (0x7c00u << 13) ? (rest | 0x7f800000u) : finite) | sign);
+}
+PENJING_INLINE void store_words(uint16_t *p, U16 v) {
+  const Words words = __builtin_convertvector(v, Words);
+  std::memcpy(p, &words, sizeof words);
+}
+PENJING_INLINE void store_f16(uint16_t *p, F16 v) {
+  const U16 bits = (U16)v, sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  // What is subnormal has a last bit of 2^-24, as the floats from 0.5 to 1; 65520 and more are infinite.
+  const U16 subnormal = (U16)((F16)rest + 0.5f) - 0x3f000000u;
+  const U16 normal = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
+  const U16 finite = rest < 0x38800000u ? subnormal : normal;
+  const U16 most = U16{} + 0x7c00u, none = U16{} + 0x7e00u;
+  store_words(p, sign | (rest > 0x7f800000u ? none : rest >= 0x477ff000u ? most : finite));
+}
+PENJING_INLINE void store_bf16(uint16_t *p, F16 v) {
+  const U16 bits = (U16)v, none = U16{} + 0x7fc0u;
+  store_words(p, (bits & 0x7fffffffu) > 0x7f800000u ? none : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 PENJING_INLINE F16 keep(uint32_t mask, F16 v) {
   const U16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};

@@ -62,6 +62,22 @@ class IntegerConv:
     def accumulate(self, x_codes: Codes, zero: int = 0) -> NDArray[np.int32]: ...
 
 def attention(queries: Floats, keys: Floats, values: Floats, window: int = 0) -> Floats: ...
+
+class KvPool:
+    blocks: int
+    def __init__(self, layers: Sequence[tuple[int, int, int]], kv_type: str, blocks: int) -> None: ...
+    @staticmethod
+    def block_bytes(layers: Sequence[tuple[int, int, int]], kv_type: str) -> int: ...
+    def attend(
+        self,
+        layer: int,
+        chunks: Sequence[tuple[Floats, Floats | None, Floats | None, NDArray[np.int32], int]],
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0,
+        sinks: Floats | None = None,
+    ) -> list[Floats]: ...
+
 def gated(gate: Floats, up: Floats) -> Floats: ...
 def quantize(
     weight: Bits,

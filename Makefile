@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench serve native asan clean
+.PHONY: help demo test test-all lint fix bench serve native asan fuzz clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ asan: ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer 
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/site \
 	  $(PYTHON) -m pytest tests/kernels tests/formats -q -p no:cacheprovider -k "not compressed_tensors and not torch"
+
+fuzz: $(VENV)/.installed ## damage small models for a minute; whatever is neither refused in one line nor computed is a bug
+	$(BIN)/python -W ignore tests/fuzz_loader.py --seconds 60 --seed "$$(date +%s)"
 
 clean: ## remove what make made
 	rm -rf $(VENV) build dist out src/penjing/_native.*.so

@@ -167,7 +167,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise BadCheckpoint(f"{path}: needs weight_map, an object of tensor → file")
     for file in places.values():
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise BadCheckpoint(f"{path}: {file!r} is not the name of a file in this folder")
     return places
 

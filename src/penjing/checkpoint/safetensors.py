@@ -159,7 +159,7 @@ class SafetensorsFile:
         if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
             raise BadCheckpoint(f"{where}: needs dtype, shape and data_offsets, has {entry!r:.80}")
         dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise BadCheckpoint(f"{where}: dtype {dtype!r} cannot be read; known: {', '.join(DTYPES)}")
         if not _counts(shape) or not _counts(places) or len(places) != 2 or places[0] > places[1]:
             raise BadCheckpoint(f"{where}: shape {shape!r:.60} at {places!r:.60} makes no sense")

@@ -53,17 +53,23 @@ class Scheme:
 def matches(pattern: str, module: str) -> bool:
     """compressed-tensors' way to name modules: exactly, by ``re:`` from the start, or by a class; "Linear" is all."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error as error:
+            raise BadCheckpoint(f"quantization_config: target {pattern!r} is no regular expression: {error}") from None
     return pattern in (module, "Linear")
 
 
 def read_schemes(config: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
     """The schemes of a ``quantization_config``; Unsupported names what Penjing cannot decode."""
-    method = config.get("quant_method")
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
     if method not in ("compressed-tensors", "penjing"):
         raise Unsupported(f"{where}: quant_method {method!r}; Penjing reads compressed-tensors")
+    groups = config.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise BadCheckpoint(f"{where}: quantization_config.config_groups is not an object of objects")
     schemes = []
-    for name, group in (config.get("config_groups") or {}).items():
+    for name, group in groups.items():
         weights, inputs = group.get("weights"), group.get("input_activations")
         here = f"{where}: quantization_config.config_groups.{name}"
         if not isinstance(weights, dict):
@@ -71,9 +77,15 @@ def read_schemes(config: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
         layout = group.get("format") or config.get("format")
         if layout not in (PACKED, INT):
             raise Unsupported(f"{here}: format {layout!r}; Penjing reads {PACKED} and {INT}")
-        scheme = Scheme(_grid(weights, here), _activations(inputs, here), layout, tuple(group.get("targets") or ()))
-        schemes.append(scheme)
+        schemes.append(Scheme(_grid(weights, here), _activations(inputs, here), layout, _targets(group, here)))
     return tuple(schemes)
+
+
+def _targets(group: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    targets = group.get("targets") or ()
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise BadCheckpoint(f"{where}: targets = {targets!r:.60}, expected a list of names")
+    return tuple(targets)
 
 
 def _grid(weights: Mapping[str, Any], where: str) -> Grid:
@@ -91,9 +103,11 @@ def _grid(weights: Mapping[str, Any], where: str) -> Grid:
     return Grid(weights.get("num_bits", 8), size, bool(weights.get("symmetric", True)))
 
 
-def _activations(inputs: Mapping[str, Any] | None, where: str) -> Literal["float", "int8"]:
+def _activations(inputs: Any, where: str) -> Literal["float", "int8"]:
     if inputs is None:
         return "float"
+    if not isinstance(inputs, Mapping):
+        raise BadCheckpoint(f"{where}: input_activations = {inputs!r:.60}, expected an object or null")
     integer = inputs.get("num_bits") == 8 and inputs.get("type", "int") == "int"
     by_token = inputs.get("dynamic") is True and inputs.get("strategy") in ("token", None)
     if integer and by_token and inputs.get("symmetric", True):
@@ -188,6 +202,8 @@ def _codes(
             )
         return kernels.unpack(raw, grid.bits, columns)
     if "weight.bitmask" not in parts:
+        if "weight" not in parts:
+            raise BadCheckpoint(f"{where}: weight_packed is missing; there are only {', '.join(sorted(parts))}")
         return parts["weight"].astype(np.int8, copy=False)
     kept = _bits(parts, (rows, columns), where)
     count = int(kept.sum())

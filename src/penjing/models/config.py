@@ -215,6 +215,8 @@ def _check_architecture(read: Reader) -> None:
     if activation != "silu":
         raise Unsupported(f"{read.where}: hidden_act = {activation!r}; these families are computed with 'silu'")
     architectures = read.values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise read.error("architectures", "a list of names")
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise Unsupported(
             f"{read.where}: architectures = {architectures}; a causal language model (…ForCausalLM) is read"

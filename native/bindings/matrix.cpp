@@ -44,8 +44,7 @@ nb::object multiply(const Matrix &matrix, const In &x, const MaybeIn &bias, nb::
   nb::object result = output(out, shape, 2, &y);
   {
     nb::gil_scoped_release release;
-    if (x.shape(0))
-      matrix.multiply(from, static_cast<int64_t>(x.shape(0)), added, y);
+    matrix.multiply(Rows(from, static_cast<int64_t>(x.shape(0)), matrix.columns), added, y, matrix.rows);
   }
   return result;
 }

@@ -56,7 +56,7 @@ void few(const FloatProduct &p, int64_t panel, int64_t row) {
   const int n = lanes_of(w, panel);
   const F16 bias = p.bias ? load(p.bias + panel * lanes, n) : zero();
   for (int r = 0; r < rows; ++r)
-    write(p.y + (row + r) * w.rows + panel * lanes, add(sum[r], bias), n);
+    write(p.y + (row + r) * p.y_stride + panel * lanes, add(sum[r], bias), n);
 }
 
 // rows × panels sums over `columns` decoded columns, kept in registers.
@@ -64,12 +64,12 @@ template <int rows, int panels>
 void tile(const FloatProduct &p, const float *decoded, int64_t panel, int64_t row, int64_t column, int64_t columns) {
   const FloatWeight &w = *p.weight;
   const float *x = p.x + row * w.columns + column;
-  float *y = p.y + row * w.rows + panel * lanes;
+  float *y = p.y + row * p.y_stride + panel * lanes;
   F16 sum[rows][panels];
   for (int i = 0; i < panels; ++i) {
     const int n = lanes_of(w, panel + i);
     for (int r = 0; r < rows; ++r) {
-      const float *before = column ? y + r * w.rows + i * lanes : p.bias ? p.bias + (panel + i) * lanes : nullptr;
+      const float *before = column ? y + r * p.y_stride + i * lanes : p.bias ? p.bias + (panel + i) * lanes : nullptr;
       sum[r][i] = before ? load(before, n) : zero();
     }
   }
@@ -85,7 +85,7 @@ void tile(const FloatProduct &p, const float *decoded, int64_t panel, int64_t ro
   }
   for (int i = 0; i < panels; ++i)
     for (int r = 0; r < rows; ++r)
-      write(y + r * w.rows + i * lanes, sum[r][i], lanes_of(w, panel + i));
+      write(y + r * p.y_stride + i * lanes, sum[r][i], lanes_of(w, panel + i));
 }
 
 template <int panels, int rows = tile_rows>

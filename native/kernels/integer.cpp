@@ -86,7 +86,7 @@ IntegerLinear::IntegerLinear(const int8_t *codes, int64_t rows, int64_t columns,
     : rows(rows), columns(columns),
       panels_(codes, rows, columns, columns_in_order(columns), scale, zero_point, bias, sparse), relu_(relu) {}
 
-void IntegerLinear::run(const float *x, int64_t m, const Activation &activation, Result result,
+void IntegerLinear::run(const float *x, int64_t m, const Activation &activation, Result result, int64_t stride,
                         const float *bias) const {
   struct Bytes;
   struct Steps;
@@ -105,7 +105,7 @@ void IntegerLinear::run(const float *x, int64_t m, const Activation &activation,
   };
   const Int8Product product{
       &weight, bytes,    nullptr,     nullptr, zeros, steps, 1, panels_.scale(), bias ? bias : panels_.bias(),
-      relu_,   result.y, result.sums, rows,    1};
+      relu_,   result.y, result.sums, stride,  1};
   if (m * rows * columns < worth_sharing) {
     for (int64_t row = 0; row < m; ++row)
       encode(row);
@@ -136,14 +136,17 @@ public:
   IntegerMatrix(const Codes &c, bool sparse)
       : Matrix(c.rows, c.columns), linear_(c.codes, c.rows, c.columns, c.scale, c.zero_point, nullptr, false, sparse) {}
 
-  void multiply(const float *x, int64_t m, const float *bias, float *y) const override {
+  void prepare(const Rows &) const override {}
+  int64_t pieces(int64_t) const override { return 1; }
+  void piece(const Rows &x, const Product &p, int64_t) const override {
     struct Padded;
+    const float *bias = p.bias;
     if (bias) { // read in whole panels
       float *whole = scratch<float, Padded>(round_up(rows, lanes));
       std::copy(bias, bias + rows, whole);
       bias = whole;
     }
-    linear_.run(x, m, {Activation::symmetric}, {y, nullptr}, bias);
+    linear_.run(x.x(), x.m(), {Activation::symmetric}, {p.y, nullptr}, p.y_stride, bias);
   }
 
   void decode(const int64_t *wanted, int64_t count, float *out) const override {

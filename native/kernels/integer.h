@@ -60,8 +60,10 @@ public:
   IntegerLinear(const int8_t *codes, int64_t rows, int64_t columns, const float *scale, const int8_t *zero_point,
                 const float *bias, bool relu, bool sparse = false);
 
-  // x (m, columns) → (m, rows). `bias` takes the place of the layer's own when given.
-  void run(const float *x, int64_t m, const Activation &activation, Result result, const float *bias = nullptr) const;
+  // x (m, columns) → (m, rows), rows of the result `stride` apart. `bias` takes the place of the layer's own when
+  // given.
+  void run(const float *x, int64_t m, const Activation &activation, Result result, int64_t stride,
+           const float *bias = nullptr) const;
 
   const Int8Panels &panels() const { return panels_; }
   const int64_t rows, columns;

@@ -33,6 +33,7 @@ struct FloatProduct {
   const FloatWeight *weight;
   const float *x, *bias;
   float *y;
+  int64_t y_stride;
 };
 
 // A weight for integer activations: [panel][quad][16 rows × 4 columns] of signed bytes.

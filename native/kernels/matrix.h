@@ -2,27 +2,73 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <string>
 
 #include "kernels/kernels.h"
+#include "runtime/buffer.h"
 
 namespace penjing {
+
+// Activations (m, columns) that several products share: what one of them has to compute from these, the next one finds.
+// The floats must stay where they are; one thread at a time.
+class Rows {
+public:
+  Rows(const float *x, int64_t m, int64_t columns) : x_(x), m_(m), columns_(columns) {}
+  Rows(const Rows &) = delete;
+
+  const float *x() const { return x_; }
+  int64_t m() const { return m_; }
+  int64_t columns() const { return columns_; }
+
+  // Each group of columns with zeros after it, up to `padded` columns; x itself where nothing is added.
+  const float *padded(int64_t group, int64_t padded) const;
+
+private:
+  const float *x_;
+  int64_t m_, columns_;
+  struct Padded {
+    int64_t group, padded;
+    Buffer<float> values;
+  };
+  mutable std::list<Padded> padded_;
+};
+
+// One product among several of the same activations: y (m, matrix rows), its rows y_stride floats apart.
+class Matrix;
+struct Product {
+  const Matrix *matrix;
+  const float *bias; // or null
+  float *y;
+  int64_t y_stride;
+};
 
 class Matrix {
 public:
   Matrix(int64_t rows, int64_t columns) : rows(rows), columns(columns) {}
   virtual ~Matrix() = default;
 
-  // y (m, rows) = x (m, columns) · weightᵀ + bias (or null).
-  virtual void multiply(const float *x, int64_t m, const float *bias, float *y) const = 0;
+  // y (m, rows) = x (m, columns) · weightᵀ + bias (or null), rows of y y_stride floats apart.
+  void multiply(const Rows &x, const float *bias, float *y, int64_t y_stride) const;
   // out (count, columns): the numbers in the given rows, each in [0, rows).
   virtual void decode(const int64_t *wanted, int64_t count, float *out) const = 0;
   virtual int64_t bytes() const = 0; // resident
   virtual std::string layout() const = 0;
 
   const int64_t rows, columns;
+
+protected:
+  friend void multiply_all(const Rows &x, const Product *products, int count);
+
+  // A product in pieces that threads may do in any order, each once. `prepare` comes first, in the calling thread.
+  virtual void prepare(const Rows &x) const = 0;
+  virtual int64_t pieces(int64_t m) const = 0;
+  virtual void piece(const Rows &x, const Product &product, int64_t index) const = 0;
 };
+
+// All products of the same activations (q, k and v, or gate and up), shared by the threads as if they were one.
+void multiply_all(const Rows &x, const Product *products, int count);
 
 // Integers on a grid: codes (rows, columns) of 2 to 8 bits; scale and zero_point (rows, groups), the latter or null.
 struct Codes {

@@ -170,5 +170,5 @@ def test_wrong_input_is_refused() -> None:
         kernels.matrix_from(random(4, 4), activations="int8")
     with pytest.raises(BadInput, match="4 bits"):
         kernels.matrix_from(reference.quantize(random(4, 4), Grid(4)), activations="int8")
-    with pytest.raises(BadInput, match="known: float, int8"):
+    with pytest.raises(BadInput, match="known: float, int8, int8-groups"):
         kernels.matrix_from(random(4, 4), activations="int4")  # type: ignore[arg-type]

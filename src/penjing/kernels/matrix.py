@@ -51,7 +51,7 @@ class Matrix:
 def matrix_from(
     weight: NDArray[Any] | AffineTensor | BitmaskTensor,
     *,
-    activations: Literal["float", "int8"] = "float",
+    activations: Literal["float", "int8", "int8-groups"] = "float",
     sparse: bool | None = None,
 ) -> Matrix:
     """A weight (out, in), put into the layout of its kernel.
@@ -62,8 +62,8 @@ def matrix_from(
     zeros on where it is smaller.  Codes of 2 and 3 bits are kept as 4 when sparse, those of 5 to 7 always as bytes.
     Raises BadInput for combinations that no kernel has.
     """
-    if activations not in ("float", "int8"):
-        raise BadInput(f"activations={activations!r}: known: float, int8")
+    if activations not in ("float", "int8", "int8-groups"):
+        raise BadInput(f"activations={activations!r}: known: float, int8, int8-groups")
     if isinstance(weight, AffineTensor):
         return Matrix(_from_affine(weight, activations == "int8", sparse))
     if activations == "int8":

@@ -131,7 +131,7 @@ class Reader:
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self._get(key, default)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**31:
             raise self.error(key, "a positive integer")
         return value
 

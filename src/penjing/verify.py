@@ -114,7 +114,7 @@ def _plain_block(
 ) -> Block:
     """The block with its matrices multiplied plainly, from the original."""
     layers: dict[str, Any] = {}
-    for linear in config.linears:
+    for linear in config.blocks[index].linears:
         module = f"{config.block(index)}.{linear.name}"
         int8 = module in rules and _int8(rules[module])
         again = solve if module in rules else _as_it_is(source)

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from penjing import models
+from penjing.checkpoint import open_checkpoint
 from penjing.errors import BadCheckpoint, BadInput, Unsupported
+from penjing.models.config import KvLayer
+from penjing.models.reference import Reference
+from penjing.models.weights import check_tensors
 
 ROPE = {"rope_theta": 10000.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,6 +87,18 @@ def test_logits_equal_transformers(variant: str, tiny: Any) -> None:
     np.testing.assert_allclose(logits, expected(oracle, ids), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_equals_transformers(variant: str, tiny: Any) -> None:
+    family, changes = VARIANTS[variant]
+    oracle, folder = tiny(family, **changes)
+    checkpoint = open_checkpoint(folder)
+    config = models.read_config(checkpoint)
+    check_tensors(checkpoint, config)
+    ids = tokens(41)
+    logits = Reference(checkpoint, config).logits(ids)
+    np.testing.assert_allclose(logits, expected(oracle, ids), atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3"])
 def test_a_batch_of_prefills_and_decodes_is_the_same_as_each_alone(variant: str, tiny: Any) -> None:
     family, changes = VARIANTS[variant]
@@ -143,7 +159,7 @@ def test_numbers_of_a_model(tiny: Any) -> None:
     _, folder = tiny("llama", eos_token_id=[3, 5], bos_token_id=2, tie_word_embeddings=True)
     model = models.load(folder)
     config = model.config
-    assert (config.family, config.layers, config.kv_heads, config.head_dim) == ("llama", 3, 2, 6)
+    assert (config.family, config.layers, config.kv_layers) == ("llama", 3, (KvLayer(2, 6, 6),) * 3)
     assert (config.bos_token_id, config.eos_token_ids) == (2, (3, 5))
     assert model.kv_bytes_per_token == 2 * 3 * 2 * 6 * 4
     assert model.new_cache(10).nbytes == 10 * model.kv_bytes_per_token
@@ -189,11 +205,11 @@ def test_end_tokens_of_generation_config_go_first(tiny: Any) -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3, expected a divisor"),
         ({"head_dim": 5}, "head_dim = 5, expected an even"),
-        ({"head_dim": 258}, "head_dim = 258; attention is computed for heads of up to 256"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_act": "sillu"}, "hidden_act = 'sillu'; did you mean 'silu'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type = 'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "short_factor of the rotary positions"),
+        ({"rope_parameters": {"rope_type": "yarrn", "factor": 2.0}}, "did you mean 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor of the rotary positions"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fasts": 1}}, "did you mean 'beta_fast'"),
         ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -27,11 +27,9 @@ def activation_bytes(config: ModelConfig, tokens: int, sequences: int, scored: i
 
     tokens: in the step.  sequences: that sample.  scored: prompt tokens with logits.
     """
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    per_token = 4 * config.hidden + 3 * (queries + 2 * keys) + 3 * config.intermediate
     logits = (sequences + scored) * config.vocab_size
     one_row = 8 * config.vocab_size  # the sampler's copies, in float64
-    return FLOAT * (tokens * per_token + logits + one_row)
+    return FLOAT * (tokens * config.floats_per_token + logits + one_row)
 
 
 @dataclass(frozen=True)

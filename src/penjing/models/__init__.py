@@ -12,8 +12,9 @@ from pathlib import Path
 from .. import kernels
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadCheckpoint, BadInput, Unsupported, nearest
-from .config import ModelConfig, read_object
+from .config import ModelConfig
 from .model import Chunk, KVCache, Model
+from .reader import read_object
 from .streaming import Stream
 from .weights import check_tensors
 

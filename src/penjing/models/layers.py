@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels import gated
+from .config import Attention
 from .rope import rotate
 
 Array: TypeAlias = NDArray[np.float32]
@@ -64,24 +65,29 @@ class Block:
     mlp_norm: Array
     query_norm: Array | None
     key_norm: Array | None
-    window: int | None
-    head_dim: int
+    attention: Attention
     eps: float
 
     @property
     def linears(self) -> tuple[LinearLayer, ...]:
         return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
 
-    def __call__(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Array:
-        """The residual stream (tokens, hidden) after this block; ``cos`` and ``sin`` as from `Rope.table`.
+    @property
+    def window(self) -> int | None:
+        return self.attention.window
+
+    def __call__(self, x: Array, positions: NDArray[np.int64], attend: Attend) -> Array:
+        """The residual stream (tokens, hidden) of tokens at ``positions`` after this block.
 
         Tokens may belong to several sequences: only ``attend`` knows which.
         """
         tokens = x.shape[0]
+        assert self.attention.rope is not None  # as checked when it was loaded
+        cos, sin = self.attention.rope.table(positions)
         normed = rms_norm(x, self.attention_norm, self.eps)
-        queries = self.q(normed).reshape(tokens, -1, self.head_dim)
-        keys = self.k(normed).reshape(tokens, -1, self.head_dim)
-        values = self.v(normed).reshape(tokens, -1, self.head_dim)
+        queries = self.q(normed).reshape(tokens, -1, self.attention.head_dim)
+        keys = self.k(normed).reshape(tokens, -1, self.attention.head_dim)
+        values = self.v(normed).reshape(tokens, -1, self.attention.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             queries = rms_norm(queries, self.query_norm, self.eps)
             keys = rms_norm(keys, self.key_norm, self.eps)

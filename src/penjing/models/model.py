@@ -29,7 +29,8 @@ class KVCache:
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         if not 1 <= capacity <= config.max_position:
             raise BadInput(f"capacity={capacity} tokens: the model has positions for 1 to {config.max_position}")
-        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
+        layers = [layer for layer in config.kv_layers if layer is not None]  # alike in the families that are computed
+        shape = (config.layers, layers[0].kv_heads, capacity, layers[0].key_dim)
         self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
         self.capacity = capacity
         self.length = 0
@@ -104,13 +105,12 @@ class Model:
         positions = np.concatenate(
             [np.arange(size) + chunk.cache.length for size, chunk in zip(sizes, chunks, strict=True)]
         )
-        cos, sin = self.config.rope.table(positions)
         x = self.embedding.decode(tokens)
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, partial(self._attend, chunks, index, block.window))
+            x = block(x, positions, partial(self._attend, chunks, index, block.window))
         if not all_positions:
             x = x[ends - 1]
-        logits = self.head(rms_norm(x, self.final_norm, self.config.norm_eps))
+        logits = self.head(rms_norm(x, self.final_norm, self.config.final_norm.eps))
         for size, chunk in zip(sizes, chunks, strict=True):
             chunk.cache.length += size
         return np.split(logits, ends[:-1]) if all_positions else logits

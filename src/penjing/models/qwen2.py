@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ModelConfig, Reader, read_decoder, window_per_layer
+from .config import ModelConfig
+from .llama import like_llama
+from .reader import FULL, SLIDING, Reader, windows
 
 
 def read(values: Mapping[str, Any], where: str) -> ModelConfig:
     """``config.json`` as a `ModelConfig`; errors name the key, and the file by ``where``."""
-    windows = window_per_layer(Reader(values, where), 28)
-    return read_decoder(values, where, qkv_bias=True, output_bias=False, sliding_windows=windows)
+    reader = Reader(values, where)
+    return like_llama(reader, qkv_bias=True, windows=read_windows(reader))
+
+
+def read_windows(read: Reader) -> tuple[int | None, ...]:
+    """Qwen's switches: ``use_sliding_window``, ``sliding_window``, and ``layer_types`` or ``max_window_layers``."""
+    layers = read.layers
+    if not read.flag("use_sliding_window"):
+        return (None,) * layers
+    first = read.count("max_window_layers", 28)
+    default = [SLIDING if index >= first else FULL for index in range(layers)]
+    return windows(read.kinds(layers, (FULL, SLIDING), default), read.integer("sliding_window", 4096))

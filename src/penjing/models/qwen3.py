@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ModelConfig, Reader, read_decoder, window_per_layer
+from .config import ModelConfig
+from .llama import like_llama
+from .qwen2 import read_windows
+from .reader import Reader
 
 
 def read(values: Mapping[str, Any], where: str) -> ModelConfig:
     """``config.json`` as a `ModelConfig`; errors name the key, and the file by ``where``."""
     reader = Reader(values, where)
     bias = reader.flag("attention_bias")
-    return read_decoder(
-        values,
-        where,
+    return like_llama(
+        reader,
+        windows=read_windows(reader),
+        head_dim=128,
         qkv_bias=bias,
         output_bias=bias,
-        query_key_norm=True,
-        head_dim=128,
-        sliding_windows=window_per_layer(reader, 28),
+        query_key_norm="head",
     )

@@ -45,8 +45,7 @@ class Stream:
         for batch in _batches(sizes):
             end = start + sum(batch)
             positions = np.concatenate([np.arange(size) for size in batch])
-            cos, sin = self.config.rope.table(positions)
-            x[start:end] = block(np.ascontiguousarray(x[start:end]), cos, sin, partial(_attend, batch, block.window))
+            x[start:end] = block(np.ascontiguousarray(x[start:end]), positions, partial(_attend, batch, block.window))
             start = end
             if done is not None:
                 done(len(batch))
@@ -57,7 +56,7 @@ class Stream:
 
     def logits(self, x: Array, norm: Array, head: Matrix) -> Array:
         """Logits (n, vocabulary) of rows (n, hidden) that the last block made; norm and head as from `head`."""
-        return head(rms_norm(x, norm, self.config.norm_eps))
+        return head(rms_norm(x, norm, self.config.final_norm.eps))
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..errors import BadCheckpoint, BadInput
 from .chat import ChatTemplate, read_template
-from .config import read_object
+from .reader import read_object
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

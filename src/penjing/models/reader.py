@@ -1,0 +1,142 @@
+"""config.json, read strictly: what is missing, of the wrong type or contradictory is an error that names its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.atomic import read_json
+from ..errors import BadCheckpoint, Unsupported, nearest
+from .config import Activation
+
+_REQUIRED = object()
+_MANY = 4096
+# What config.json calls an activation → ours.
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+
+class Reader:
+    """The values of one config.json, and where they come from."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def error(self, key: str, right: str) -> BadCheckpoint:
+        return BadCheckpoint(f"{self.where}: {key} = {self.values.get(key)!r}, expected {right}")
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise BadCheckpoint(f"{self.where}: {key} is missing")
+        return default
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.error(key, "a positive integer")
+        return value
+
+    @property
+    def layers(self) -> int:
+        """``num_hidden_layers``, which must be a number that blocks can be described for one by one."""
+        return self._few("num_hidden_layers")
+
+    def experts(self, key: str) -> int:
+        """A number of experts, which must be one that they can be described for one by one."""
+        return self._few(key)
+
+    def _few(self, key: str) -> int:
+        if self.integer(key) > _MANY:
+            raise self.error(key, f"1 to {_MANY}")
+        return self.integer(key)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self.error(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._get(key, default)
+        if type(value) is not bool:
+            raise self.error(key, "true or false")
+        return value
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them; none if the key is missing or null."""
+        value = self._get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if any(type(each) is not int or each < 0 for each in ids):
+            raise self.error(key, "a token id or a list of them")
+        return tuple(ids)
+
+    def activation(self, key: str, default: str = "silu") -> Activation:
+        value = self._get(key, default)
+        if value not in _ACTIVATIONS:
+            raise Unsupported(f"{self.where}: {key} = {value!r}; {nearest(str(value), list(_ACTIVATIONS))}")
+        return _ACTIVATIONS[value]
+
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """A whole number that may be 0."""
+        value = self._get(key, default)
+        if type(value) is not int or value < 0:
+            raise self.error(key, "a whole number, 0 or more")
+        return value
+
+    def maybe(self, key: str) -> int | None:
+        """A positive integer, or None if the key is missing or null."""
+        return None if self.values.get(key) is None else self.integer(key)
+
+    def kinds(self, layers: int, allowed: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+        """``layer_types``: what each block mixes positions with."""
+        kinds = self._get("layer_types", list(default))
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed):
+            raise self.error("layer_types", f"{layers} times {' or '.join(map(repr, allowed))}")
+        return tuple(kinds)
+
+    def heads(self, *, head_dim: int | None = None, kv_heads: int | None = None) -> tuple[int, int, int]:
+        """Heads, key-value heads and the size of a head; the keywords are what a family takes where none is given."""
+        hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        groups = self.integer("num_key_value_heads", kv_heads or heads)
+        if heads % groups:
+            raise self.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+        if head_dim is None and self.values.get("head_dim") is None and hidden % heads:
+            raise self.error("num_attention_heads", f"a divisor of hidden_size = {hidden}, or head_dim given")
+        size = self.integer("head_dim", head_dim or hidden // heads)
+        if size % 2:
+            raise self.error("head_dim", "an even number, because rotary positions turn pairs")
+        return heads, groups, size
+
+    def causal(self) -> None:
+        """Unsupported unless the architecture is a causal language model."""
+        names = self.values.get("architectures") or []
+        if not isinstance(names, list):
+            raise self.error("architectures", "a list of names")
+        right = ("ForCausalLM", "ForConditionalGeneration")
+        if names and not any(str(name).endswith(right) for name in names):
+            raise Unsupported(f"{self.where}: architectures = {names}; a causal language model (…ForCausalLM) is read")
+
+
+def windows(kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+    """The window of each block, from what its ``layer_types`` are."""
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is not there; BadCheckpoint if it is something else."""
+    values = read_json(file, BadCheckpoint) if file.exists() else {}
+    if not isinstance(values, dict):
+        raise BadCheckpoint(f"{file}: not an object")
+    return values

@@ -205,6 +205,8 @@ def test_end_tokens_of_generation_config_go_first(tiny: Any) -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3, expected a divisor"),
         ({"head_dim": 5}, "head_dim = 5, expected an even"),
+        ({"head_dim": 578}, "head_dim = 578; heads of up to 576 are computed"),
+        ({"num_hidden_layers": 5000}, "num_hidden_layers = 5000, expected 1 to 4096"),
         ({"hidden_act": "sillu"}, "hidden_act = 'sillu'; did you mean 'silu'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),

@@ -12,6 +12,7 @@ from .config import Activation
 
 _REQUIRED = object()
 _MANY = 4096
+_WIDEST_HEAD = 576
 # What config.json calls an activation → ours.
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -117,6 +118,8 @@ class Reader:
         size = self.integer("head_dim", head_dim or hidden // heads)
         if size % 2:
             raise self.error("head_dim", "an even number, because rotary positions turn pairs")
+        if size > _WIDEST_HEAD:
+            raise Unsupported(f"{self.where}: head_dim = {size}; heads of up to {_WIDEST_HEAD} are computed")
         return heads, groups, size
 
     def causal(self) -> None:

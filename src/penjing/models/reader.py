@@ -45,7 +45,7 @@ class Reader:
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self._get(key, default)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**31:
             raise self.error(key, "a positive integer")
         return value
 
@@ -92,7 +92,7 @@ class Reader:
     def count(self, key: str, default: Any = _REQUIRED) -> int:
         """A whole number that may be 0."""
         value = self._get(key, default)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 2**31:
             raise self.error(key, "a whole number, 0 or more")
         return value
 

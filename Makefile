@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench serve native asan fuzz clean
+.PHONY: help demo test test-all lint fix bench serve native asan fuzz arm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ asan: ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer 
 
 fuzz: $(VENV)/.installed ## damage small models for a minute; whatever is neither refused in one line nor computed is a bug
 	$(BIN)/python -W ignore tests/fuzz_loader.py --seconds 60 --seed "$$(date +%s)"
+
+arm: $(VENV)/.installed ## the kernel tests on 64-bit Arm, under an emulator (tests/arm/run.sh says what it needs)
+	PYTHON=$(BIN)/python tests/arm/run.sh
 
 clean: ## remove what make made
 	rm -rf $(VENV) build dist out src/penjing/_native.*.so

@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+from variants import SHAPE
 
 
 @pytest.fixture
@@ -30,11 +21,19 @@ def tiny(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
         config = transformers.AutoConfig.for_model(family, **{**SHAPE, **changes})
         config._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # Norms near one and biases away from zero, so that leaving one out shows.
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+        randomize(model)
         model.save_pretrained(tmp_path / family)
         return model, tmp_path / family
 
     return make
+
+
+def randomize(model: Any) -> None:
+    """Everything that is stored: norms near one and biases away from zero, so that leaving one out shows."""
+    import torch
+
+    stored = set(model.state_dict())
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in stored:
+                tensor.normal_(1.0 if "norm" in name or "scal" in name else 0.0, 0.3)

@@ -1,18 +1,17 @@
-"""Language models: one family a file, named as ``config.json`` names it in ``model_type``.
+"""Language models, by a description each: `ModelConfig`, which a family's file in ``families/`` reads from config.json.
 
-`load` gives a whole model in memory for serving, `stream` one block at a time for models larger than memory. To add
-a family, write its file with a ``read(values, where) -> ModelConfig`` and put its name in `FAMILIES`.
+`load` gives a whole model in memory for serving, `stream` one block at a time for models larger than memory.
 """
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from .. import kernels
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import BadCheckpoint, BadInput, Unsupported, nearest
+from ..errors import BadInput
 from .config import ModelConfig
+from .families import FAMILIES, read_family
 from .model import Chunk, KVCache, Model
 from .reader import read_object
 from .streaming import Stream
@@ -31,28 +30,17 @@ __all__ = [
     "use_threads",
 ]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """The model that a checkpoint's ``config.json`` (and ``generation_config.json``) describe.
 
     Raises Unsupported for a family that is not in `FAMILIES`, BadCheckpoint for values that cannot be.
     """
-    where = f"{checkpoint.path}/config.json"
-    family = checkpoint.config.get("model_type")
-    if not isinstance(family, str):
-        raise BadCheckpoint(f"{where}: model_type is missing; it names the family, e.g. 'llama'")
-    if family not in FAMILIES:
-        raise Unsupported(
-            f"{where}: model_type = {family!r} is not a family that Penjing computes; {nearest(family, FAMILIES)}"
-        )
     values = dict(checkpoint.config)
     # What generation stops at is decided by generation_config.json where it says anything.
     if (ends := read_object(checkpoint.path / "generation_config.json").get("eos_token_id")) is not None:
         values["eos_token_id"] = ends
-    config: ModelConfig = importlib.import_module(f".{family}", __name__).read(values, where)
-    return config
+    return read_family(checkpoint, values)
 
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:

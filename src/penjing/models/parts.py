@@ -178,33 +178,28 @@ def mixture(
     experts: Experts,
     *,
     at: str = "mlp",
-    router: str = "gate",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    shared: str | None = None,
-    fused_at: str | None = None,
+    shared: str = "shared_experts",
 ) -> Weights:
     """Of a mixture of experts whose matrices have no biases.
 
     names: of an expert's gate, up and down.  shared: the module of the MLP beside them.  Experts are read one by one,
-    or from tensors of all of them below ``fused_at`` (``at`` by default): gate_up_proj and down_proj.
+    or from tensors of all of them: gate_up_proj and down_proj.
     """
-    made = Weights((Linear("router", "mlp_input", "scores", (experts.count, hidden), False, module(f"{at}.{router}")),))
+    router = tuple(dict.fromkeys((Source(f"{at}.gate"), Source("mlp.gate"))))
+    made = Weights((Linear("router", "mlp_input", "scores", (experts.count, hidden), False, router),))
     if experts.correction_bias:
-        correction = Vector(f"{at}.{router}.e_score_correction_bias", (experts.count,))
-        made += Weights(vectors={"correction": correction})
-    if shared is not None and experts.shared_inner:
+        made += Weights(vectors={"correction": Vector(f"{at}.gate.e_score_correction_bias", (experts.count,))})
+    if experts.shared_inner:
         made += mlp(hidden, experts.shared_inner, at=f"{at}.{shared}", role="shared.")
     if experts.shared_gate:
-        made += Weights(
-            (Linear("shared_gate", "mlp_input", "scores", (1, hidden), False, module(f"{at}.{shared}_gate")),)
-        )
-    fused = f"{fused_at or at}.experts"
+        gate = module(f"{at}.{shared}_gate")
+        made += Weights((Linear("shared_gate", "mlp_input", "scores", (1, hidden), False, gate),))
     linears: list[Linear] = []
     for number in range(experts.count):
-        alone = f"{at}.experts.{number}"
-        sources = fused_expert(fused, experts.inner, number)
+        together = fused_expert("mlp.experts", experts.inner, number)
         sources = {
-            role: (Source(f"{alone}.{name}"), *sources[role])
+            role: (Source(f"{at}.experts.{number}.{name}"), *together[role])
             for role, name in zip(("gate", "up", "down"), names, strict=True)
         }
         linears += mlp(hidden, experts.inner, role=f"experts.{number}.", sources=sources).linears
@@ -242,8 +237,10 @@ def sandwich(hidden: int, norm: MakeNorm) -> Weights:
     return Weights(norms={place: norm(name, hidden) for place, name in places.items()})
 
 
-def decoder(read: Reader, blocks: Iterable[Block], final_norm: Norm, **more: Any) -> ModelConfig:
+def decoder(read: Reader, blocks: Iterable[Block], final_norm: Norm, *, tied: bool = False, **more: Any) -> ModelConfig:
     """The model of these blocks; ``more`` are fields of `ModelConfig` that config.json does not hold as they are.
+
+    tied: whether the family's embeddings are, where config.json does not say.
 
     Raises BadCheckpoint for missing and wrong values, Unsupported for what is no causal language model.
     """
@@ -256,7 +253,7 @@ def decoder(read: Reader, blocks: Iterable[Block], final_norm: Norm, **more: Any
         "max_position": read.integer("max_position_embeddings"),
         "blocks": tuple(blocks),
         "final_norm": final_norm,
-        "tied_embeddings": read.flag("tie_word_embeddings"),
+        "tied_embeddings": read.flag("tie_word_embeddings", tied),
         "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": read.tokens("eos_token_id"),
     }

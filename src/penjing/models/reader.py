@@ -28,8 +28,9 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 class Reader:
     """The values of one config.json, and where they come from."""
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> None:
+        """defaults: what a family takes for keys that are missing; null is a value."""
+        self.values = {**(defaults or {}), **values}
         self.where = where
 
     def error(self, key: str, right: str) -> BadCheckpoint:
@@ -54,9 +55,9 @@ class Reader:
         """``num_hidden_layers``, which must be a number that blocks can be described for one by one."""
         return self._few("num_hidden_layers")
 
-    def experts(self, key: str) -> int:
-        """A number of experts, which must be one that they can be described for one by one."""
-        return self._few(key)
+    def experts(self, *keys: str) -> int:
+        """A number of experts, under the first of the keys that is there."""
+        return self._few(next((key for key in keys if self.values.get(key) is not None), keys[0]))
 
     def _few(self, key: str) -> int:
         if self.integer(key) > _MANY:
@@ -100,22 +101,36 @@ class Reader:
         """A positive integer, or None if the key is missing or null."""
         return None if self.values.get(key) is None else self.integer(key)
 
-    def kinds(self, layers: int, allowed: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    def factor(self, key: str) -> float:
+        """A positive number, or 0 if the key is missing or null."""
+        return 0.0 if self.values.get(key) is None else self.number(key)
+
+    def refuse(self, key: str, *allowed: Any) -> None:
+        """Unsupported where a key has a value that nothing here computes."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise Unsupported(f"{self.where}: {key} = {value!r} is not computed")
+
+    def kinds(self, default: Sequence[str], allowed: Sequence[str] = (FULL, SLIDING)) -> tuple[str, ...]:
         """``layer_types``: what each block mixes positions with."""
         kinds = self._get("layer_types", list(default))
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed):
-            raise self.error("layer_types", f"{layers} times {' or '.join(map(repr, allowed))}")
+        if not isinstance(kinds, list) or len(kinds) != self.layers or any(kind not in allowed for kind in kinds):
+            raise self.error("layer_types", f"{self.layers} times {' or '.join(map(repr, allowed))}")
         return tuple(kinds)
 
-    def heads(self, *, head_dim: int | None = None, kv_heads: int | None = None) -> tuple[int, int, int]:
-        """Heads, key-value heads and the size of a head; the keywords are what a family takes where none is given."""
+    def every(self, step: int, first: str = SLIDING, last: str = FULL) -> list[str]:
+        """Kinds of blocks of which every ``step``-th is another."""
+        return [first if (index + 1) % step else last for index in range(self.layers)]
+
+    def heads(self) -> tuple[int, int, int]:
+        """Heads, key-value heads and the size of a head."""
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        groups = self.integer("num_key_value_heads", kv_heads or heads)
+        groups = self.integer("num_key_value_heads", heads)
         if heads % groups:
             raise self.error("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
-        if head_dim is None and self.values.get("head_dim") is None and hidden % heads:
+        if self.values.get("head_dim") is None and hidden % heads:
             raise self.error("num_attention_heads", f"a divisor of hidden_size = {hidden}, or head_dim given")
-        size = self.integer("head_dim", head_dim or hidden // heads)
+        size = self.integer("head_dim", hidden // heads)
         if size % 2:
             raise self.error("head_dim", "an even number, because rotary positions turn pairs")
         if size > _WIDEST_HEAD:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadCheckpoint, Unsupported, nearest
 
+FULL = "full_attention"  # the kind of layer, as ``layer_types`` calls it, that scalings are of
 # type → the keys it must have, besides those that every type may have.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -68,6 +69,20 @@ def read_rope(config: Mapping[str, Any], where: str, head_dim: int, **defaults: 
     defaults: what a family takes for ``rope_theta`` and ``partial_rotary_factor`` where config.json says nothing.
     """
     return rope_from(merged(config, where), config, where, head_dim, **defaults)
+
+
+def read_rope_of(
+    kind: str, config: Mapping[str, Any], where: str, head_dim: int, local: str = "rope_theta", **defaults: Any
+) -> Rope:
+    """Of one kind of layer, where ``rope_parameters`` has an object for each; or from the older names, whose scaling
+    is of full attention, and in which ``local`` is the base of the other kind."""
+    given = config.get("rope_parameters")
+    if isinstance(given, dict) and isinstance(given.get(kind), dict):
+        return rope_from(given[kind], config, where, head_dim, **defaults)
+    if kind == FULL:
+        return read_rope(config, where, head_dim, **defaults)
+    base = config.get(local)
+    return rope_from({} if base is None else {"rope_theta": base}, config, where, head_dim, **defaults)
 
 
 def rope_from(given: Mapping[str, Any], config: Mapping[str, Any], where: str, head_dim: int, **defaults: Any) -> Rope:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ModelConfig
+from ..config import ModelConfig
+from ..reader import Reader
 from .llama import like_llama
 from .qwen2 import read_windows
-from .reader import Reader
 
 
 def read(values: Mapping[str, Any], where: str) -> ModelConfig:
     """``config.json`` as a `ModelConfig`; errors name the key, and the file by ``where``."""
-    reader = Reader(values, where)
-    bias = reader.flag("attention_bias")
+    read = Reader(values, where, {"head_dim": 128})
+    bias = read.flag("attention_bias")
     return like_llama(
-        reader,
-        windows=read_windows(reader),
-        head_dim=128,
+        read,
+        windows=read_windows(read),
         qkv_bias=bias,
         output_bias=bias,
-        query_key_norm="head",
+        attention={"query_key_norm": "head"},
     )

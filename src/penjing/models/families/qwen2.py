@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ModelConfig
+from ..config import ModelConfig
+from ..reader import FULL, SLIDING, Reader, windows
 from .llama import like_llama
-from .reader import FULL, SLIDING, Reader, windows
 
 
 def read(values: Mapping[str, Any], where: str) -> ModelConfig:
     """``config.json`` as a `ModelConfig`; errors name the key, and the file by ``where``."""
-    reader = Reader(values, where)
-    return like_llama(reader, qkv_bias=True, windows=read_windows(reader))
+    read = Reader(values, where)
+    return like_llama(read, qkv_bias=True, windows=read_windows(read))
 
 
 def read_windows(read: Reader) -> tuple[int | None, ...]:
     """Qwen's switches: ``use_sliding_window``, ``sliding_window``, and ``layer_types`` or ``max_window_layers``."""
-    layers = read.layers
     if not read.flag("use_sliding_window"):
-        return (None,) * layers
+        return (None,) * read.layers
     first = read.count("max_window_layers", 28)
-    default = [SLIDING if index >= first else FULL for index in range(layers)]
-    return windows(read.kinds(layers, (FULL, SLIDING), default), read.integer("sliding_window", 4096))
+    kinds = read.kinds([SLIDING if index >= first else FULL for index in range(read.layers)])
+    return windows(kinds, read.integer("sliding_window", 4096))

@@ -63,6 +63,8 @@ def matches(pattern: str, module: str) -> bool:
 def read_schemes(config: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
     """The schemes of a ``quantization_config``; Unsupported names what Penjing cannot decode."""
     method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if method == "mxfp4":
+        return ()  # of gpt-oss's experts, which are no modules: `models.weights` reads them
     if method not in ("compressed-tensors", "penjing"):
         raise Unsupported(f"{where}: quant_method {method!r}; Penjing reads compressed-tensors")
     groups = config.get("config_groups") or {}

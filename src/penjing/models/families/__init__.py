@@ -54,39 +54,47 @@ _STEMS = ("model.", "model.language_model.", "language_model.model.", "language_
 _HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
 
 
-def read_family(checkpoint: Checkpoint, values: Mapping[str, Any]) -> ModelConfig:
-    """The description of a model whose ``config.json`` says ``values``, with the names that its tensors have.
+def describe(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The description of the model whose ``config.json`` says ``values``; ``where`` is that file, for errors.
 
     Raises Unsupported for a family that is not in `FAMILIES`, BadCheckpoint for values that cannot be.
     """
-    where = f"{checkpoint.path}/config.json"
+    if values.get("text_config") is not None:
+        values = _text(values, where)
     family = values.get("model_type")
     if not isinstance(family, str):
         raise BadCheckpoint(f"{where}: model_type is missing; it names the family, e.g. 'llama'")
-    tower = family in _TOWERS and values.get("text_config") is not None
-    if tower:
-        values = _text(values, where)
-        family = values["model_type"]
-    name = str(family).removesuffix("_text")
+    name = family.removesuffix("_text")
     if name not in FAMILIES:
         raise Unsupported(
-            f"{where}: model_type = {family!r} is not a family that Penjing computes; {nearest(name, FAMILIES)}"
+            f"{where}: model_type = {family!r} is not a family that Penjing computes, though it can be compressed;"
+            f" {nearest(name, FAMILIES)}"
         )
     config: ModelConfig = importlib.import_module(f".{name}", __name__).read(values, where)
-    config = _placed(config, checkpoint)
-    if tower and values.get("tie_word_embeddings") is None:  # families' defaults differ with and without pictures
+    return config
+
+
+def read_family(checkpoint: Checkpoint, values: Mapping[str, Any]) -> ModelConfig:
+    """As `describe`, with the names that the checkpoint's tensors have."""
+    config = _placed(describe(values, f"{checkpoint.path}/config.json"), checkpoint)
+    if values.get("text_config") is not None and values.get("tie_word_embeddings") is None:
+        # What a model of text and pictures takes where nothing is said is not what its text does alone.
         config = replace(config, tied_embeddings=not _has(checkpoint, config.head_name))
     return config
 
 
 def _text(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``text_config``, with what is said of the whole model."""
-    text = values["text_config"]
+    text, family = values["text_config"], values.get("model_type")
     if not isinstance(text, dict):
         raise BadCheckpoint(f"{where}: text_config = {text!r}, expected an object")
+    if family not in _TOWERS:
+        raise Unsupported(
+            f"{where}: model_type = {family!r} is not one whose text is read; {nearest(str(family), _TOWERS)}"
+        )
     whole = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "architectures")
     outer = {key: values[key] for key in whole if values.get(key) is not None}
-    return {"model_type": _TOWERS[values["model_type"]], **text, **outer}
+    return {"model_type": _TOWERS[family], **text, **outer}
 
 
 def _placed(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:

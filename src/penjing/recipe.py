@@ -27,8 +27,16 @@ from typing import Any, Literal, TypeVar
 from .errors import BadRecipe, nearest
 
 VERSION = 1
-# What is left alone unless a recipe says otherwise: the head, embeddings, norms, and routers of mixtures of experts.
-IGNORE = ("lm_head", "re:.*embed", "re:.*(wte|wpe)$", "re:.*norm", r"re:.*\.(gate|router)$")
+# What is left alone unless a recipe says otherwise: the head, embeddings, norms, and the small matrices that decide:
+# routers and gates of experts, the decay and the rate of delta nets; and what sees and hears, which is not text.
+IGNORE = (
+    "re:.*lm_head$",
+    "re:.*embed",
+    "re:.*(wte|wpe)$",
+    "re:.*norm",
+    "re:.*(vision|visual|audio|multi_modal_projector)",
+    r"re:.*\.(gate|router|router\.proj|shared_expert_gate|in_proj_(a|b|ba))$",
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The self-check after compressing: is everything compressed that should be, and does the serving path compute with it?
 
-Two independent ways lead to logits: the saved folder, loaded as the server loads it and computed by its kernels; and
-the original's weights, solved again, decoded to float32 and multiplied plainly. They must agree to rounding.
+Two ways lead to logits: the saved folder's matrices, in the layouts that serve and multiplied by their kernels; and the
+original's, solved again, decoded to float32 and multiplied plainly. They must agree to rounding.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 from . import models
 from .checkpoint import Checkpoint, Weight
 from .errors import PenjingError, Unsupported
-from .kernels import reference
-from .models.config import ModelConfig
-from .models.layers import Array, Block
-from .models.weights import load_block
+from .formats.affine import AffineTensor
+from .kernels import matrix_from, reference
+from .models.config import Attention, ModelConfig
+from .models.reference import Array, Parts, Reference, read_block, run_block
+from .models.weights import check_tensors, locate, read_bias, read_weight
 from .recipe import Rule
 
 # Solves rows of a module's weight again from the original: (rows, what they became), in order.
@@ -44,11 +45,12 @@ def verify(
     if extent == "none":
         return checked | {"verdict": f"{len(rules)} modules compressed, steps finite; logits not compared (not asked)"}
     try:
-        stream = models.stream(saved)
+        config = models.read_config(saved)
     except Unsupported as why:
         return checked | {"verdict": f"{len(rules)} modules compressed, steps finite; logits not compared: {why}"}
-    blocks = _sample(stream.config, source, extent)
-    error = _logits_error(stream, source, rules, solve, blocks)
+    check_tensors(saved, config)
+    blocks = _sample(config, source, extent)
+    error = _logits_error(config, saved, source, rules, solve, blocks)
     limit = TOLERANCE_INT8 if any(map(_int8, rules.values())) else TOLERANCE
     if not error <= limit:
         raise PenjingError(
@@ -58,7 +60,7 @@ def verify(
     return checked | {
         "blocks": list(blocks),
         "logits_error": float(error),
-        "verdict": f"{len(rules)} modules compressed, steps finite; logits of {len(blocks)} of {stream.config.layers}"
+        "verdict": f"{len(rules)} modules compressed, steps finite; logits of {len(blocks)} of {config.layers}"
         f" blocks as served agree with the plain computation to {error:.1e}",
     }
 
@@ -86,66 +88,80 @@ def _sample(config: ModelConfig, source: Checkpoint, extent: str) -> Sequence[in
     prefix = f"{config.block(0)}."
     size = sum(info.size for name, info in source.infos.items() if name.startswith(prefix))
     count = config.layers if extent == "full" else min(config.layers, max(1, SAMPLE_PARAMETERS // max(size, 1)))
-    return sorted({int(index) for index in np.linspace(0, config.layers - 1, count)})
+    chosen = {int(index) for index in np.linspace(0, config.layers - 1, count)}
+    mixers = [config.blocks[index].mixer for index in chosen]
+    shared = {mixer.shares_kv_of for mixer in mixers if isinstance(mixer, Attention)} - {None}
+    return sorted(chosen | {index for index in shared if index is not None})
 
 
 def _logits_error(
-    stream: models.Stream, source: Checkpoint, rules: Mapping[str, Rule], solve: Solve, blocks: Sequence[int]
+    config: ModelConfig,
+    saved: Checkpoint,
+    source: Checkpoint,
+    rules: Mapping[str, Rule],
+    solve: Solve,
+    blocks: Sequence[int],
 ) -> float:
     """Relative RMS difference of the two ways' logits, through the given blocks only, on a fixed random prompt."""
-    config = stream.config
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS)
-    served = np.empty((TOKENS, config.hidden), np.float32)
-    stream.embed(tokens, served)
-    plain = served.copy()
-    for index in blocks:
-        block = load_block(stream.checkpoint, config, index)
-        stream.run(block, served, [TOKENS])
-        stream.run(_plain_block(block, config, index, source, rules, solve), plain, [TOKENS])
-    norm, head = stream.head()
-    served_logits, plain_logits = (stream.logits(x, norm, head) for x in (served, plain))
-    if not np.isfinite(served_logits).all():
+    config = config.for_length(TOKENS)
+    outside = Reference(saved, config)
+    start = outside.embed(tokens)
+    extra = outside.per_layer(tokens, start)
+
+    def through(parts_of: Callable[[int], Parts]) -> Array:
+        x, shared = start, dict[int, tuple[Array, Array]]()
+        for index in blocks:
+            own = None if extra is None else extra[:, index]
+            x = run_block(config.blocks[index], parts_of(index), x, index, shared, own)
+        return outside.head(x)
+
+    served = through(lambda index: _served_parts(config, index, saved))
+    plain = through(lambda index: _plain_parts(config, index, source, rules, solve))
+    if not np.isfinite(served).all():
         return float("inf")
-    return float(np.sqrt(np.square(served_logits - plain_logits).mean() / np.square(plain_logits).mean()))
+    return float(np.sqrt(np.square(served - plain).mean() / np.square(plain).mean()))
 
 
-def _plain_block(
-    block: Block, config: ModelConfig, index: int, source: Checkpoint, rules: Mapping[str, Rule], solve: Solve
-) -> Block:
-    """The block with its matrices multiplied plainly, from the original."""
-    layers: dict[str, Any] = {}
-    for linear in config.blocks[index].linears:
-        module = f"{config.block(index)}.{linear.name}"
-        int8 = module in rules and _int8(rules[module])
-        again = solve if module in rules else _as_it_is(source)
-        bias = getattr(block, linear.role).bias
-        layers[linear.role] = Again(module, linear.shape[0], bias, int8, again)
-    return dataclasses.replace(block, **layers)
+def _served_parts(config: ModelConfig, index: int, saved: Checkpoint) -> Parts:
+    """The block with its matrices in the layouts that serve, multiplied by the kernels."""
+    prefix = f"{config.block(index)}."
+    linears = {linear.role: linear for linear in config.blocks[index].linears}
+
+    def linear(role: str, x: Array) -> Array:
+        module = f"{prefix}{locate(saved, prefix, linears[role]).name}"
+        matrix = matrix_from(read_weight(saved, prefix, linears[role]), activations=saved.activations(module))
+        return matrix(x, read_bias(saved, prefix, linears[role]))
+
+    return dataclasses.replace(read_block(saved, config, index), linear=linear)
+
+
+def _plain_parts(config: ModelConfig, index: int, source: Checkpoint, rules: Mapping[str, Rule], solve: Solve) -> Parts:
+    """The block with its matrices multiplied plainly, from the original; compressed ones are solved again."""
+    prefix = f"{config.block(index)}."
+    linears = {linear.role: linear for linear in config.blocks[index].linears}
+    parts = read_block(source, config, index)
+
+    def linear(role: str, x: Array) -> Array:
+        where = locate(source, prefix, linears[role])
+        module = f"{prefix}{where.name}"
+        if module not in rules:
+            return parts.linear(role, x)
+        pieces = [_multiply(x, weight, _int8(rules[module])) for _, weight in solve(module)]
+        y, rows = np.concatenate(pieces, axis=1), where.indices()
+        y = y if rows is None else y[:, rows]
+        bias = read_bias(source, prefix, linears[role])
+        return y if bias is None else y + bias
+
+    return dataclasses.replace(parts, linear=linear)
 
 
 def _int8(rule: Rule) -> bool:
     return rule.quantize is not None and rule.quantize.activations == "int8"
 
 
-def _as_it_is(source: Checkpoint) -> Solve:
-    return lambda module: [(slice(0, None), source.read(f"{module}.weight"))]
-
-
-class Again:
-    """A linear layer whose weight is solved again, some rows at a time, whenever it multiplies."""
-
-    def __init__(self, module: str, rows: int, bias: Array | None, int8: bool, solve: Solve) -> None:
-        self.module, self.rows, self.bias, self.int8, self.solve = module, rows, bias, int8, solve
-
-    def __call__(self, x: Array) -> Array:
-        y = np.empty((len(x), self.rows), np.float32)
-        for rows, weight in self.solve(self.module):
-            y[:, rows] = self._multiply(x, weight)
-        return y if self.bias is None else y + self.bias
-
-    def _multiply(self, x: Array, weight: Any) -> Array:
-        if self.int8:
-            return reference.int8_matrix(x, weight)
-        plain = weight if isinstance(weight, np.ndarray) else weight.decode()
-        product: Array = x @ plain.astype(np.float32, copy=False).T
-        return product
+def _multiply(x: Array, weight: Weight, int8: bool) -> Array:
+    if int8 and isinstance(weight, AffineTensor):
+        return reference.int8_matrix(x, weight)
+    plain = weight if isinstance(weight, np.ndarray) else weight.decode()
+    return x @ plain.astype(np.float32, copy=False).T

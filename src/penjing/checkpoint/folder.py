@@ -69,9 +69,10 @@ class Checkpoint:
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A tensor of `names`; a weight that is stored compressed is decoded, to float32 or its own dtype."""
-        if name in self.infos and not self.is_compressed(module_of(name)):
-            return self.read(name)
-        weight = self.weight(module_of(name))
+        module, _, part = name.rpartition(".")
+        if name in self.infos and not (part == "weight" and self.is_compressed(module)):
+            return self.read(name)  # as a bias is, whatever its weight is stored in
+        weight = self.weight(module)
         return weight if isinstance(weight, np.ndarray) else weight.decode()
 
     def weight(self, module: str) -> Weight:

@@ -21,8 +21,8 @@ std::unique_ptr<Matrix> from_floats(const In &values, bool bfloat16, bool sparse
 }
 
 // codes (rows, columns); scale and zero_point (rows, groups).
-std::unique_ptr<Matrix> from_codes(const In &codes, int bits, const In &scale, const MaybeIn &zero_point, bool integer,
-                                   bool sparse) {
+std::unique_ptr<Matrix> from_codes(const In &codes, int bits, const In &scale, const MaybeIn &zero_point,
+                                   const std::string &activations, bool sparse) {
   const int8_t *values = checked<int8_t>(codes, "codes", {any, any});
   const auto rows = static_cast<int64_t>(codes.shape(0)), columns = static_cast<int64_t>(codes.shape(1));
   require(rows > 0 && columns > 0, "codes: an empty matrix");
@@ -30,10 +30,21 @@ std::unique_ptr<Matrix> from_codes(const In &codes, int bits, const In &scale, c
   const float *steps = checked<float>(scale, "scale", {rows, any});
   const auto groups = static_cast<int64_t>(scale.shape(1));
   require(groups > 0 && columns % groups == 0, "scale: its groups do not divide the columns");
-  require(!integer || groups == 1, "scale: integer activations need one group a row");
+  const bool per_row = activations == "int8";
+  require(!per_row || groups == 1, "scale: activations with one step a row need one group a row");
   const Codes c{values, rows, columns, groups, bits, steps, checked<int8_t>(zero_point, "zero_point", {rows, groups})};
   nb::gil_scoped_release release;
-  return integer ? integer_matrix(c, sparse) : coded_matrix(c, sparse);
+  return activations == "float" ? coded_matrix(c, sparse) : group_matrix(c, per_row, sparse);
+}
+
+std::unique_ptr<Matrix> from_mxfp4(const In &blocks, const In &scale) {
+  const auto *codes = checked<uint8_t>(blocks, "blocks", {any, any});
+  const auto rows = static_cast<int64_t>(blocks.shape(0)), columns = 2 * static_cast<int64_t>(blocks.shape(1));
+  require(rows > 0 && columns > 0, "blocks: an empty matrix");
+  require(columns % 32 == 0, "blocks: give a multiple of 16 bytes a row");
+  const auto *exponents = checked<uint8_t>(scale, "scale", {rows, columns / 32});
+  nb::gil_scoped_release release;
+  return mxfp4_matrix(codes, exponents, rows, columns);
 }
 
 nb::object multiply(const Matrix &matrix, const In &x, const MaybeIn &bias, nb::handle out) {
@@ -74,7 +85,8 @@ void matrix(nb::module_ &m) {
       .def("decode", &decode, nb::arg("rows"));
   m.def("matrix_from_floats", &from_floats, nb::arg("values"), nb::arg("bfloat16"), nb::arg("sparse"));
   m.def("matrix_from_codes", &from_codes, nb::arg("codes"), nb::arg("bits"), nb::arg("scale"),
-        nb::arg("zero_point").none(), nb::arg("integer"), nb::arg("sparse"));
+        nb::arg("zero_point").none(), nb::arg("activations"), nb::arg("sparse"));
+  m.def("matrix_from_mxfp4", &from_mxfp4, nb::arg("blocks"), nb::arg("scale"));
 }
 
 } // namespace penjing::bindings

@@ -11,7 +11,54 @@ PENJING_INLINE I16 byte_codes(F16 x, F16 inverse, F16 zero_point) {
   return iadd(round(clamped), isplat(128));
 }
 
+// Codes of n columns and zeros up to `padded`; a step of 0 where all are (nearly) 0. A NaN makes the step NaN.
+void encode_segment(const float *x, int64_t n, int64_t padded, float span, float least_code, int8_t *codes, float *step,
+                    int32_t *minus_sum) {
+  constexpr float nothing = 0x1p-100f; // below it the inverse might overflow
+  const int tail = static_cast<int>(n % 16);
+  I16 top = izero();
+  for (int64_t i = 0; i + 16 <= n; i += 16)
+    top = imax(top, magnitude_bits(load(x + i)));
+  if (tail)
+    top = imax(top, magnitude_bits(load(x + n - tail, tail)));
+  const int32_t bits = greatest(top);
+  float reach;
+  std::memcpy(&reach, &bits, sizeof reach);
+  *step = reach < nothing ? 0.0f : reach / span;
+  const F16 inverse = splat(reach < nothing ? 0.0f : 1.0f / *step);
+  const auto code = [&](F16 v) __attribute__((always_inline)) {
+    return round(min(max(mul(v, inverse), splat(least_code)), splat(127)));
+  };
+  I16 sum = izero();
+  for (int64_t i = 0; i + 16 <= n; i += 16) {
+    const I16 c = code(load(x + i));
+    sum = iadd(sum, c);
+    store_int8(codes + i, c);
+  }
+  if (tail) {
+    const I16 c = code(load(x + n - tail, tail));
+    sum = iadd(sum, c);
+    store_int8(codes + n - tail, c, tail);
+  }
+  *minus_sum = -total(sum);
+  if (padded > n)
+    std::memset(codes + n, 0, static_cast<size_t>(padded - n));
+}
+
 } // namespace
+
+void encode_segments(const float *x, int64_t columns, const Segments &s, float span, float least_code, int8_t *codes,
+                     float *step, int32_t *minus_sum) {
+  for (int64_t group = 0; group < columns; group += s.group)
+    for (int64_t part = 0; part < s.parts; ++part, codes += s.length, ++step, ++minus_sum) {
+      const int64_t begin = part * s.length, left = s.group - begin;
+      encode_segment(x + group + begin,
+                     left < 0          ? 0
+                     : left < s.length ? left
+                                       : s.length,
+                     s.length, span, least_code, codes, step, minus_sum);
+    }
+}
 
 void range(const float *x, int64_t n, float *low, float *high) {
   F16 lows[2] = {zero(), zero()}, highs[2] = {zero(), zero()};

@@ -5,7 +5,6 @@
 #include <numeric>
 
 #include "kernels/fit.h"
-#include "kernels/matrix.h"
 #include "runtime/pool.h"
 
 namespace penjing {
@@ -126,62 +125,6 @@ void IntegerLinear::run(const float *x, int64_t m, const Activation &activation,
       kernels().int8_product(product, panel, std::min(panel + block, panels_.panels()), row,
                              std::min(row + row_block, m));
   });
-}
-
-namespace {
-
-// W8A8 for a language model: symmetric activations, a step a row of x.
-class IntegerMatrix final : public Matrix {
-public:
-  IntegerMatrix(const Codes &c, bool sparse)
-      : Matrix(c.rows, c.columns), linear_(c.codes, c.rows, c.columns, c.scale, c.zero_point, nullptr, false, sparse) {}
-
-  void prepare(const Rows &) const override {}
-  int64_t pieces(int64_t) const override { return 1; }
-  void piece(const Rows &x, const Product &p, int64_t) const override {
-    struct Padded;
-    const float *bias = p.bias;
-    if (bias) { // read in whole panels
-      float *whole = scratch<float, Padded>(round_up(rows, lanes));
-      std::copy(bias, bias + rows, whole);
-      bias = whole;
-    }
-    linear_.run(x.x(), x.m(), {Activation::symmetric}, {p.y, nullptr}, p.y_stride, bias);
-  }
-
-  void decode(const int64_t *wanted, int64_t count, float *out) const override {
-    const Int8Weight &w = linear_.panels().weight();
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t panel = wanted[i] / lanes, lane = wanted[i] % lanes;
-      const int zero = w.zero_point ? w.zero_point[wanted[i]] : 0;
-      const int8_t *kept = w.mask ? w.values + w.begin[panel] : nullptr;
-      for (int64_t q = 0; q < w.quads; ++q) {
-        const int64_t vector = panel * w.quads + q;
-        const uint64_t mask = w.mask ? w.mask[vector] : ~uint64_t{0};
-        const int8_t *values = w.mask ? kept : w.values + vector * 64;
-        for (int64_t b = 0; b < 4 && 4 * q + b < columns; ++b) {
-          const int64_t at = 4 * lane + b;
-          const int before = w.mask ? __builtin_popcountll(mask & ((uint64_t{1} << at) - 1)) : static_cast<int>(at);
-          const int code = mask >> at & 1 ? values[before] : 0;
-          out[i * columns + 4 * q + b] = static_cast<float>(code - zero) * linear_.panels().scale()[wanted[i]];
-        }
-        if (w.mask)
-          kept += __builtin_popcountll(mask);
-      }
-    }
-  }
-
-  int64_t bytes() const override { return linear_.panels().bytes(); }
-  std::string layout() const override { return linear_.panels().weight().mask ? "int8-int8-sparse" : "int8-int8"; }
-
-private:
-  IntegerLinear linear_;
-};
-
-} // namespace
-
-std::unique_ptr<Matrix> integer_matrix(const Codes &codes, bool sparse) {
-  return std::make_unique<IntegerMatrix>(codes, sparse);
 }
 
 } // namespace penjing

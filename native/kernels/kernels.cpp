@@ -15,6 +15,9 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::float_product)> float_product;                                                            \
   Function<decltype(Kernels::decode_panel)> decode_panel;                                                              \
   Function<decltype(Kernels::int8_product)> int8_product;                                                              \
+  Function<decltype(Kernels::group_product)> group_product;                                                            \
+  Function<decltype(Kernels::group_panel)> group_panel;                                                                \
+  Function<decltype(Kernels::encode_segments)> encode_segments;                                                        \
   Function<decltype(Kernels::attend)> attend;                                                                          \
   Function<decltype(Kernels::attend_cached)> attend_cached;                                                            \
   Function<decltype(Kernels::write_cached)> write_cached;                                                              \
@@ -30,9 +33,10 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::has_nonfinite)> has_nonfinite;                                                            \
   Function<decltype(Kernels::compress)> compress;                                                                      \
   Function<decltype(Kernels::expand)> expand;                                                                          \
-  constexpr Kernels table = {float_product, decode_panel, int8_product, attend,        attend_cached, write_cached,    \
-                             gated,         range,        encode_bytes, encode_quads,  to_float,      group_ranges,    \
-                             encode_groups, pack,         unpack,       has_nonfinite, compress,      expand};         \
+  constexpr Kernels table = {float_product, decode_panel,  int8_product, group_product, group_panel, encode_segments,  \
+                             attend,        attend_cached, write_cached, gated,         range,       encode_bytes,     \
+                             encode_quads,  to_float,      group_ranges, encode_groups, pack,        unpack,           \
+                             has_nonfinite, compress,      expand};                                                    \
   }
 
 PENJING_TABLE(scalar)

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cached.h"
+#include "kernels/group.h"
 
 namespace penjing {
 
@@ -82,6 +83,13 @@ struct Kernels {
                         int64_t row_end);
   void (*decode_panel)(const FloatWeight &, int64_t panel, float *values /* [column][16] */);
   void (*int8_product)(const Int8Product &, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end);
+  // See group.h. scratch: group_scratch bytes, aligned to a cache line.
+  void (*group_product)(const GroupProduct &, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
+                        int64_t row_end, uint8_t *scratch);
+  void (*group_panel)(const GroupWeight &, int64_t panel, uint8_t *codes /* [quad][16][4] */);
+  // A row of x: of each segment step = absmax / span, codes = clamp(round(x / step), least_code, 127), and −Σ codes.
+  void (*encode_segments)(const float *x, int64_t columns, const Segments &, float span, float least_code,
+                          int8_t *codes, float *step, int32_t *minus_sum);
 
   // Rows are (query, head of the key's group), in that order.
   void (*attend)(const Attention &, int64_t kv_head, int64_t row_begin, int64_t row_end);

@@ -30,6 +30,35 @@ const float *Rows::padded(int64_t group, int64_t padded) const {
   return padded_.back().values.data();
 }
 
+CodedRows Rows::codes(const Segments &segments, float span) const {
+  const int64_t count = columns_ / segments.group * segments.parts, stride = count * segments.length;
+  const auto view = [&](const Coded &c) {
+    return CodedRows{c.codes.data(), stride, c.step.data(), c.minus_sum.data(), count};
+  };
+  for (const Coded &have : coded_)
+    if (have.segments == segments && have.span == span)
+      return view(have);
+  coded_.push_back(
+      {segments, span, Buffer<int8_t>(m_ * stride), Buffer<float>(m_ * count), Buffer<int32_t>(m_ * count)});
+  Coded &made = coded_.back();
+  const float least = span > 127 ? -128 : -127;
+  const auto encode = [&](int64_t row) {
+    kernels().encode_segments(x_ + row * columns_, columns_, segments, span, least, made.codes.data() + row * stride,
+                              made.step.data() + row * count, made.minus_sum.data() + row * count);
+  };
+  constexpr int64_t worth_sharing = 1 << 16; // floats
+  constexpr int64_t together = 8;            // rows
+  if (m_ * columns_ >= worth_sharing)
+    parallel_for((m_ + together - 1) / together, [&](int64_t i) {
+      for (int64_t row = i * together; row < std::min(m_, (i + 1) * together); ++row)
+        encode(row);
+    });
+  else
+    for (int64_t row = 0; row < m_; ++row)
+      encode(row);
+  return view(made);
+}
+
 void Matrix::multiply(const Rows &x, const float *bias, float *y, int64_t y_stride) const {
   const Product product{this, bias, y, y_stride};
   multiply_all(x, &product, 1);

@@ -25,6 +25,9 @@ public:
   // Each group of columns with zeros after it, up to `padded` columns; x itself where nothing is added.
   const float *padded(int64_t group, int64_t padded) const;
 
+  // As signed bytes, a step = absmax / span for each segment.
+  CodedRows codes(const Segments &segments, float span) const;
+
 private:
   const float *x_;
   int64_t m_, columns_;
@@ -32,7 +35,15 @@ private:
     int64_t group, padded;
     Buffer<float> values;
   };
+  struct Coded {
+    Segments segments;
+    float span;
+    Buffer<int8_t> codes;
+    Buffer<float> step;
+    Buffer<int32_t> minus_sum;
+  };
   mutable std::list<Padded> padded_;
+  mutable std::list<Coded> coded_;
 };
 
 // One product among several of the same activations: y (m, matrix rows), its rows y_stride floats apart.
@@ -83,7 +94,12 @@ struct Codes {
 std::unique_ptr<Matrix> float_matrix(const void *values, Float type, int64_t rows, int64_t columns, bool sparse);
 std::unique_ptr<Matrix> coded_matrix(const Codes &codes, bool sparse);
 
-// Each row of x quantized on the fly to int8, s = absmax / 127.5, and multiplied as integers. One group.
-std::unique_ptr<Matrix> integer_matrix(const Codes &codes, bool sparse);
+// Activations quantized on the fly to signed bytes, and multiplied as integers (see group.h): a step for up to 128
+// columns of a row, absmax / 127; or, per row, one for all, absmax / 127.5, which needs one group of the weight.
+std::unique_ptr<Matrix> group_matrix(const Codes &codes, bool per_row, bool sparse);
+
+// MXFP4 (OCP Microscaling Formats 1.0): blocks (rows, columns / 2), two E2M1 codes a byte, the low one first; scale
+// (rows, columns / 32), of 32 columns 2^(scale − 127).
+std::unique_ptr<Matrix> mxfp4_matrix(const uint8_t *blocks, const uint8_t *scale, int64_t rows, int64_t columns);
 
 } // namespace penjing

@@ -74,6 +74,11 @@ PENJING_INLINE I16 iload_bytes(const uint8_t *p) {
 PENJING_INLINE I16 iadd(I16 a, I16 b) { return _mm512_add_epi32(a, b); }
 PENJING_INLINE I16 isub(I16 a, I16 b) { return _mm512_sub_epi32(a, b); }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return _mm512_mullo_epi32(a, b); }
+PENJING_INLINE I16 imax(I16 a, I16 b) { return _mm512_max_epi32(a, b); }
+PENJING_INLINE int32_t greatest(I16 v) { return _mm512_reduce_max_epi32(v); }
+PENJING_INLINE int32_t total(I16 v) { return _mm512_reduce_add_epi32(v); }
+// The bits of |v|: in the order of the magnitudes, and above them all those of a NaN.
+PENJING_INLINE I16 magnitude_bits(F16 v) { return _mm512_castps_si512(_mm512_abs_ps(v)); }
 PENJING_INLINE I16 ior(I16 a, I16 b) { return _mm512_or_si512(a, b); }
 template <int n>
 PENJING_INLINE I16 shift_left(I16 v) {
@@ -183,6 +188,11 @@ PENJING_INLINE I16 iload_bytes(const uint8_t *p) {
 PENJING_INLINE I16 iadd(I16 a, I16 b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 PENJING_INLINE I16 isub(I16 a, I16 b) { return {_mm256_sub_epi32(a.a, b.a), _mm256_sub_epi32(a.b, b.b)}; }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return {_mm256_mullo_epi32(a.a, b.a), _mm256_mullo_epi32(a.b, b.b)}; }
+PENJING_INLINE I16 imax(I16 a, I16 b) { return {_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
+PENJING_INLINE I16 magnitude_bits(F16 v) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_castps_si256(_mm256_and_ps(v.a, mask)), _mm256_castps_si256(_mm256_and_ps(v.b, mask))};
+}
 PENJING_INLINE I16 ior(I16 a, I16 b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
 template <int n>
 PENJING_INLINE I16 shift_left(I16 v) {
@@ -294,6 +304,8 @@ PENJING_INLINE I16 iload_bytes(const uint8_t *p) { return __builtin_convertvecto
 PENJING_INLINE I16 iadd(I16 a, I16 b) { return (I16)((U16)a + (U16)b); }
 PENJING_INLINE I16 isub(I16 a, I16 b) { return (I16)((U16)a - (U16)b); }
 PENJING_INLINE I16 imul(I16 a, I16 b) { return (I16)((U16)a * (U16)b); }
+PENJING_INLINE I16 imax(I16 a, I16 b) { return a > b ? a : b; }
+PENJING_INLINE I16 magnitude_bits(F16 v) { return (I16)v & 0x7fffffff; }
 PENJING_INLINE I16 ior(I16 a, I16 b) { return a | b; }
 template <int n>
 PENJING_INLINE I16 shift_left(I16 v) {
@@ -351,6 +363,20 @@ PENJING_INLINE float greatest(const F16 &v) {
   store(lanes, v);
   for (int i = 1; i < 16; ++i)
     lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+PENJING_INLINE int32_t greatest(const I16 &v) {
+  int32_t lanes[16];
+  istore(lanes, v);
+  for (int i = 1; i < 16; ++i)
+    lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+PENJING_INLINE int32_t total(const I16 &v) {
+  int32_t lanes[16];
+  istore(lanes, v);
+  for (int i = 1; i < 16; ++i)
+    lanes[0] += lanes[i];
   return lanes[0];
 }
 

@@ -14,7 +14,7 @@ Isa best_isa() {
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vbmi2"))
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"))
       return Isa::avx512_vnni;
     return avx2 ? Isa::avx2 : Isa::scalar;
   }();

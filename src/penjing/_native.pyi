@@ -28,8 +28,9 @@ class Matrix:
 
 def matrix_from_floats(values: Bits, bfloat16: bool, sparse: bool) -> Matrix: ...
 def matrix_from_codes(
-    codes: Codes, bits: int, scale: Floats, zero_point: Codes | None, integer: bool, sparse: bool
+    codes: Codes, bits: int, scale: Floats, zero_point: Codes | None, activations: str, sparse: bool
 ) -> Matrix: ...
+def matrix_from_mxfp4(blocks: NDArray[np.uint8], scale: NDArray[np.uint8]) -> Matrix: ...
 
 class IntegerLinear:
     nbytes: int

@@ -22,7 +22,7 @@ class Matrix:
     """A weight (out, in) in the layout of its kernel; made by `matrix_from`.
 
     rows: out.  columns: in.  nbytes: bytes it takes in memory.  layout: what it holds, such as "int4",
-    "bfloat16-sparse" or "int8-int8" (activations quantized too).
+    "bfloat16-sparse" or "int4-int8-groups" (activations quantized too).
     """
 
     __slots__ = ("_native", "columns", "layout", "nbytes", "rows")
@@ -57,15 +57,17 @@ def matrix_from(
     """A weight (out, in), put into the layout of its kernel.
 
     weight: float32, float16 or bfloat16 array, an AffineTensor, or a BitmaskTensor of floats.
-    activations: "float" keeps them; "int8" quantizes each row of x on the fly, symmetrically (8-bit weights with one
-    step a row or a tensor).  sparse: keep a bitmask and the non-zeros, expanded in registers; None does so from 40 %
-    zeros on where it is smaller.  Codes of 2 and 3 bits are kept as 4 when sparse, those of 5 to 7 always as bytes.
+    activations: "float" keeps them. "int8" quantizes each row of x on the fly, symmetrically, with one step (8-bit
+    weights with one step a row or a tensor). "int8-groups" does so with a step for up to 128 columns, on integer
+    weights of any bits and groups; floats stay floats.  sparse: keep a bitmask and the non-zeros, expanded
+    in registers; None does so from 40 % zeros on where it is smaller.  Codes of 2 and 3 bits are kept as 4 when sparse,
+    those of 5 to 7 always as bytes.
     Raises BadInput for combinations that no kernel has.
     """
     if activations not in ("float", "int8", "int8-groups"):
         raise BadInput(f"activations={activations!r}: known: float, int8, int8-groups")
     if isinstance(weight, AffineTensor):
-        return Matrix(_from_affine(weight, activations == "int8", sparse))
+        return Matrix(_from_affine(weight, activations, sparse))
     if activations == "int8":
         raise BadInput("activations='int8' needs 8-bit weights with one step a row or a tensor; these are floats")
     if isinstance(weight, BitmaskTensor):
@@ -77,9 +79,9 @@ def matrix_from(
     return Matrix(_native.matrix_from_floats(float_bits(weight), is_bfloat16(weight), sparse))
 
 
-def _from_affine(tensor: AffineTensor, integer: bool, sparse: bool | None) -> _native.Matrix:
+def _from_affine(tensor: AffineTensor, activations: str, sparse: bool | None) -> _native.Matrix:
     grid, rows = tensor.grid, tensor.shape[0]
-    if integer and (grid.bits != 8 or grid.group_size > 0):
+    if activations == "int8" and (grid.bits != 8 or grid.group_size > 0):
         raise BadInput(
             f"activations='int8' needs 8-bit weights with one step a row or a tensor; "
             f"these have {grid.bits} bits and group_size={grid.group_size}"
@@ -91,8 +93,8 @@ def _from_affine(tensor: AffineTensor, integer: bool, sparse: bool | None) -> _n
         zeros = _zeros(codes, zero_point)
         dense_bits, kept_bits = (grid.bits, 4) if grid.bits <= 4 else (8, 8)
         smaller = 1 + (1 - zeros) * kept_bits < dense_bits
-        sparse = zeros >= SPARSE_FROM and smaller and not (integer and zero_point is not None)
-    return _native.matrix_from_codes(codes, grid.bits, scale, zero_point, integer, sparse)
+        sparse = zeros >= SPARSE_FROM and smaller
+    return _native.matrix_from_codes(codes, grid.bits, scale, zero_point, activations, sparse)
 
 
 def _a_row_each(steps: NDArray[Any], rows: int) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from ..formats import affine, bitmask, packed
 from ..formats.affine import AffineTensor, Grid
 
 Floats = NDArray[np.float32]
+GROUP_COLUMNS = 128  # that share a step of x, at most
 ACTIVATION_GRID = Grid(8, affine.PER_CHANNEL, symmetric=False)
 
 
@@ -42,6 +43,39 @@ def int8_matrix(x: Floats, weight: AffineTensor, bias: Floats | None = None) -> 
         centred = centred - weight.zero_point
     sums = (codes.astype(np.int64) @ centred.T).astype(np.float32)
     y = sums * step * np.broadcast_to(weight.scale[:, 0], len(centred))
+    return y if bias is None else y + bias
+
+
+def segments(group: int, unit: int = 4) -> list[int]:
+    """Where the parts of a group of columns end: equal ones of at most 128 columns, a multiple of ``unit``."""
+    parts = -(-group // GROUP_COLUMNS)
+    length = -(-group // (parts * unit)) * unit
+    return [min(end, group) for end in range(length, parts * length + 1, length)]
+
+
+def group_matrix(x: Floats, weight: AffineTensor, bias: Floats | None = None, unit: int = 4) -> Floats:
+    """x @ weightᵀ + bias on integers: x on int8 with s = absmax / 127 a segment, sums exact, segments added in order.
+
+    unit: columns that the weight's layout packs together (4 for bytes and sparse codes, 8 for 4 bits, 16 for 2, 32 for
+    3); segments are a multiple of it, which matters only for groups that are none.
+    """
+    rows, columns = weight.shape
+    groups = weight.scale.shape[1]
+    centred = weight.codes.astype(np.int64)
+    if weight.zero_point is not None:
+        centred = centred - affine.spread(weight.zero_point, weight.shape)
+    y = np.zeros((len(x), rows), np.float32)
+    for g, begin in enumerate(range(0, columns, columns // groups)):
+        start = begin
+        for end in (begin + e for e in segments(columns // groups, unit)):
+            part = x[:, start:end]
+            step = np.abs(part).max(axis=1, initial=0, keepdims=True) / np.float32(127)
+            inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+            codes = np.clip(np.rint(part * inverse), -127, 127).astype(np.int64)
+            sums = (codes @ centred[:, start:end].T).astype(np.float64)
+            scale = np.broadcast_to(weight.scale, (rows, groups))[:, g]
+            y = (y + sums * (step * scale)).astype(np.float32)  # rounded once, as a fused multiply-add
+            start = end
     return y if bias is None else y + bias
 
 

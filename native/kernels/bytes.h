@@ -1,0 +1,296 @@
+// Sixty-four unsigned bytes at a time: the codes of sixteen rows × four columns, and their products with signed bytes.
+//
+//   B64   sixty-four uint8           Quad<wide>   four int8 of x, for all rows
+//
+// Codes are `wide` when they may exceed 127: where products of bytes are summed in 16 bits, those need another way.
+#pragma once
+
+#include "kernels/group.h"
+#include "kernels/simd.h"
+
+namespace penjing::PENJING_ISA {
+
+#if defined(__AVX512VNNI__)
+
+using B64 = __m512i;
+
+PENJING_INLINE B64 bload(const void *p) { return _mm512_loadu_si512(p); }
+PENJING_INLINE void bstore(void *p, B64 v) { _mm512_storeu_si512(p, v); }
+PENJING_INLINE B64 bsplat(uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+PENJING_INLINE B64 bor(B64 a, B64 b) { return _mm512_or_si512(a, b); }
+// (v >> shift) & mask, or to the left when shift < 0, of each byte.
+template <int shift, int mask>
+PENJING_INLINE B64 field(B64 v) {
+  const B64 moved = shift < 0 ? _mm512_slli_epi16(v, -shift) : shift > 0 ? _mm512_srli_epi16(v, shift) : v;
+  return _mm512_and_si512(moved, bsplat(mask));
+}
+PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), index);
+}
+PENJING_INLINE B64 as_bytes(I16 v) { return v; }
+
+template <bool wide>
+using Quad = __m512i;
+template <bool wide>
+PENJING_INLINE Quad<wide> quad(const int8_t *p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+template <bool wide>
+PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
+  return _mm512_dpbusd_epi32(sum, w, x);
+}
+
+// Kept bytes over the places of the mask; the others stay as in `rest`.
+PENJING_INLINE B64 expand(const uint8_t *p, uint64_t mask, B64 rest) {
+  return _mm512_mask_expand_epi8(rest, mask, bload(p)); // from a register: from memory it is microcode on Zen
+}
+// Kept nibbles, the low one first. Eight nibbles of each four bytes go to eight bytes in one multishift.
+PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
+  const B64 fours = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  const B64 places = _mm512_set1_epi64(0x1c1814100c080400);
+  const B64 nibbles = _mm512_and_si512(_mm512_multishift_epi64_epi8(places, fours), bsplat(15));
+  return _mm512_mask_expand_epi8(rest, mask, nibbles);
+}
+
+#else
+
+#if defined(__AVX2__)
+
+struct B64 {
+  __m256i a, b;
+};
+
+PENJING_INLINE B64 bload(const void *p) { return {load256(p), load256(static_cast<const char *>(p) + 32)}; }
+PENJING_INLINE void bstore(void *p, B64 v) { istore(p, {v.a, v.b}); }
+PENJING_INLINE B64 bor(B64 a, B64 b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
+template <int shift, int mask>
+PENJING_INLINE __m256i half_field(__m256i v) {
+  const __m256i moved = shift < 0 ? _mm256_slli_epi16(v, -shift) : shift > 0 ? _mm256_srli_epi16(v, shift) : v;
+  return _mm256_and_si256(moved, _mm256_set1_epi8(mask));
+}
+template <int shift, int mask>
+PENJING_INLINE B64 field(B64 v) {
+  return {half_field<shift, mask>(v.a), half_field<shift, mask>(v.b)};
+}
+PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
+  const __m256i row = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
+  return {_mm256_shuffle_epi8(row, index.a), _mm256_shuffle_epi8(row, index.b)};
+}
+PENJING_INLINE B64 as_bytes(I16 v) { return {v.a, v.b}; }
+
+#if defined(__AVXVNNI__)
+
+template <bool wide>
+using Quad = __m256i;
+template <bool wide>
+PENJING_INLINE Quad<wide> quad(const int8_t *p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+template <bool wide>
+PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
+  return {_mm256_dpbusd_avx_epi32(sum.a, w.a, x), _mm256_dpbusd_avx_epi32(sum.b, w.b, x)};
+}
+
+#else
+
+// maddubs sums two products in 16 bits, exact up to codes of 127; wide codes are multiplied as words, the even bytes
+// and the odd ones apart.
+template <bool wide>
+struct Quad {
+  __m256i all;
+};
+template <>
+struct Quad<true> {
+  __m256i even, odd;
+};
+template <bool wide>
+PENJING_INLINE Quad<wide> quad(const int8_t *p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  const __m256i all = _mm256_set1_epi32(four);
+  if constexpr (wide)
+    return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
+  else
+    return {all};
+}
+template <bool wide>
+PENJING_INLINE __m256i half_dot(__m256i sum, __m256i w, Quad<wide> x) {
+  if constexpr (wide) {
+    const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd)));
+  } else {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x.all), _mm256_set1_epi16(1)));
+  }
+}
+template <bool wide>
+PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
+  return {half_dot<wide>(sum.a, w.a, x), half_dot<wide>(sum.b, w.b, x)};
+}
+
+#endif
+
+#else
+
+typedef uint8_t B64 __attribute__((vector_size(64)));
+typedef uint16_t Pairs __attribute__((vector_size(64)));
+
+PENJING_INLINE B64 bload(const void *p) { return load_as<B64>(p); }
+PENJING_INLINE void bstore(void *p, B64 v) { std::memcpy(p, &v, sizeof v); }
+PENJING_INLINE B64 bor(B64 a, B64 b) { return a | b; }
+template <int shift, int mask>
+PENJING_INLINE B64 field(B64 v) {
+  if constexpr (shift < 0)
+    return (v << -shift) & static_cast<uint8_t>(mask);
+  else
+    return (v >> shift) & static_cast<uint8_t>(mask);
+}
+PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
+  uint8_t at[64];
+  std::memcpy(at, &index, sizeof at);
+  for (uint8_t &byte : at)
+    byte = table[byte & 15];
+  return bload(at);
+}
+PENJING_INLINE B64 as_bytes(I16 v) { return (B64)v; }
+
+template <bool wide>
+struct Quad {
+  const int8_t *x;
+};
+template <bool wide>
+PENJING_INLINE Quad<wide> quad(const int8_t *p) {
+  return {p};
+}
+template <bool wide>
+PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
+  for (int i = 0; i < 4; ++i)
+    sum = iadd(sum, (I16)((U16)w >> (8 * i) & 255u) * static_cast<int32_t>(x.x[i]));
+  return sum;
+}
+
+#endif
+
+PENJING_INLINE B64 expand(const uint8_t *p, uint64_t mask, B64 rest) {
+  uint8_t out[64];
+  bstore(out, rest);
+#if defined(__AVX2__)
+  for (int i = 0; i < 64; i += 8) {
+    const uint64_t places = _pdep_u64(mask >> i & 255, 0x0101010101010101u) * 255;
+    uint64_t kept, eight;
+    std::memcpy(&kept, p, sizeof kept);
+    std::memcpy(&eight, out + i, sizeof eight);
+    eight = (eight & ~places) | _pdep_u64(kept, places);
+    std::memcpy(out + i, &eight, sizeof eight);
+    p += __builtin_popcountll(mask >> i & 255);
+  }
+#else
+  for (int i = 0; i < 64; ++i)
+    if (mask >> i & 1)
+      out[i] = *p++;
+#endif
+  return bload(out);
+}
+
+PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
+  uint8_t codes[72];
+  for (int i = 0; i < 32; ++i) {
+    codes[2 * i] = p[i] & 15;
+    codes[2 * i + 1] = p[i] >> 4;
+  }
+  std::memset(codes + 64, 0, 8);
+  return expand(codes, mask, rest);
+}
+
+#endif
+
+// The same four bytes, all equal, in each lane.
+PENJING_INLINE B64 lane_bytes(I16 values) { return as_bytes(imul(values, isplat(0x01010101))); }
+
+// How codes are packed. Dense: block(p, use) unpacks `quads` quads from `bytes` bytes and calls use(which, B64) for
+// each.
+template <int n>
+struct Which {
+  static constexpr int value = n;
+};
+
+template <GroupCode code>
+struct Packed;
+
+template <>
+struct Packed<GroupCode::int8> {
+  static constexpr bool wide = true;
+  static constexpr int quads = 1, bytes = 64;
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+    use(Which<0>{}, bload(p));
+  }
+};
+
+// Two quads in a vector, the first in the low nibbles.
+template <>
+struct Packed<GroupCode::int4> {
+  static constexpr bool wide = false;
+  static constexpr int quads = 2, bytes = 64;
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+    const B64 both = bload(p);
+    use(Which<0>{}, field<0, 15>(both));
+    use(Which<1>{}, field<4, 15>(both));
+  }
+};
+
+// Twice the value of E2M1 (OCP Microscaling Formats 1.0), plus 12.
+template <>
+struct Packed<GroupCode::mxfp4> {
+  static constexpr bool wide = false;
+  static constexpr int quads = 2, bytes = 64;
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+    constexpr uint8_t twice[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    Packed<GroupCode::int4>::block(p, [&](auto k, B64 v) __attribute__((always_inline)) { use(k, lookup(twice, v)); });
+  }
+};
+
+template <>
+struct Packed<GroupCode::int2> {
+  static constexpr bool wide = false;
+  static constexpr int quads = 4, bytes = 64;
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+    const B64 four = bload(p);
+    use(Which<0>{}, field<0, 3>(four));
+    use(Which<1>{}, field<2, 3>(four));
+    use(Which<2>{}, field<4, 3>(four));
+    use(Which<3>{}, field<6, 3>(four));
+  }
+};
+
+// Eight quads in three vectors: two with the low two bits of four quads each, one with the high bit of all.
+template <>
+struct Packed<GroupCode::int3> {
+  static constexpr bool wide = false;
+  static constexpr int quads = 8, bytes = 192;
+  template <class Use>
+  static PENJING_INLINE void block(const uint8_t *p, Use &&use) {
+    const B64 low[2] = {bload(p), bload(p + 64)}, high = bload(p + 128);
+    one<0>(low[0], high, use);
+    one<1>(low[0], high, use);
+    one<2>(low[0], high, use);
+    one<3>(low[0], high, use);
+    one<4>(low[1], high, use);
+    one<5>(low[1], high, use);
+    one<6>(low[1], high, use);
+    one<7>(low[1], high, use);
+  }
+  template <int k, class Use>
+  static PENJING_INLINE void one(B64 low, B64 high, Use &&use) {
+    use(Which<k>{}, bor(field<2 * (k % 4), 3>(low), field<k - 2, 4>(high)));
+  }
+};
+
+} // namespace penjing::PENJING_ISA

@@ -1,0 +1,87 @@
+#include "kernels/group_pack.h"
+
+#include <cstring>
+
+namespace penjing {
+namespace {
+
+constexpr int vector = 64;
+
+// `count` quads in the fields of one vector, the first in the lowest bits.
+template <int bits>
+void pack_fields(const uint8_t *quads, uint8_t *out) {
+  for (int i = 0; i < vector; ++i) {
+    unsigned byte = 0;
+    for (int q = 0; q < 8 / bits; ++q)
+      byte |= static_cast<unsigned>(quads[q * vector + i] & ((1 << bits) - 1)) << (bits * q);
+    out[i] = static_cast<uint8_t>(byte);
+  }
+}
+
+void pack_threes(const uint8_t *quads, uint8_t *out) {
+  pack_fields<2>(quads, out);
+  pack_fields<2>(quads + 4 * vector, out + vector);
+  for (int i = 0; i < vector; ++i) {
+    unsigned byte = 0;
+    for (int q = 0; q < 8; ++q)
+      byte |= static_cast<unsigned>(quads[q * vector + i] >> 2 & 1) << q;
+    out[2 * vector + i] = static_cast<uint8_t>(byte);
+  }
+}
+
+} // namespace
+
+int64_t packed_quads(GroupCode code) {
+  switch (code) {
+  case GroupCode::int4:
+  case GroupCode::mxfp4: return 2;
+  case GroupCode::int3: return 8;
+  case GroupCode::int2: return 4;
+  default: return 1;
+  }
+}
+
+int64_t packed_bytes(GroupCode code, int64_t quads) {
+  return quads / packed_quads(code) * (code == GroupCode::int3 ? 3 * vector : vector);
+}
+
+void pack_dense(GroupCode code, const uint8_t *quads, int64_t count, uint8_t *out) {
+  const int64_t together = packed_quads(code);
+  for (int64_t q = 0; q < count; q += together) {
+    switch (together) {
+    case 1: std::memcpy(out, quads, vector); break;
+    case 2: pack_fields<4>(quads, out); break;
+    case 4: pack_fields<2>(quads, out); break;
+    default: pack_threes(quads, out);
+    }
+    quads += together * vector;
+    out += packed_bytes(code, together);
+  }
+}
+
+int64_t pack_sparse(GroupCode code, const uint8_t *quads, int64_t count, const uint8_t (&zero)[16], uint8_t *out) {
+  uint8_t *kept = out + 8 * count;
+  for (int64_t q = 0; q < count; ++q, quads += vector) {
+    uint8_t codes[vector + 1];
+    uint64_t mask = 0;
+    int n = 0;
+    for (int i = 0; i < vector; ++i) {
+      const bool keep = quads[i] != zero[i / 4];
+      codes[n] = quads[i];
+      n += keep;
+      mask |= static_cast<uint64_t>(keep) << i;
+    }
+    std::memcpy(out + 8 * q, &mask, sizeof mask);
+    if (code == GroupCode::sparse4) { // two a byte; each quad begins at a whole one
+      codes[n] = 0;
+      for (int i = 0; i < n; i += 2)
+        *kept++ = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+    } else {
+      std::memcpy(kept, codes, static_cast<size_t>(n));
+      kept += n;
+    }
+  }
+  return kept - out;
+}
+
+} // namespace penjing

@@ -1,0 +1,336 @@
+// Integer weights times integer activations, a step for each segment of columns.
+#include "kernels/bytes.h"
+#include "kernels/kernels.h"
+
+namespace penjing::PENJING_ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
+#elif defined(__AVXVNNI__)
+constexpr int tile_rows = 3, tile_panels = 2; // 12 registers of 16
+#elif defined(__AVX2__)
+constexpr int tile_rows = 2, tile_panels = 2;
+#else
+constexpr int tile_rows = 2, tile_panels = 1;
+#endif
+constexpr int few_rows = 8;              // weights are unpacked once for so many, into registers
+constexpr int64_t chunk = group_columns; // quads unpacked at once: with four panels 32 KiB, in the first-level cache
+
+// A panel's segments, one after the other.
+template <GroupCode code>
+struct Panel {
+  static constexpr bool sparse = false, wide = Packed<code>::wide;
+  static constexpr int quads = Packed<code>::quads;
+  const GroupWeight &w;
+  const uint8_t *scales, *zeros, *codes;
+  F16 scale = splat(0);
+  I16 zero = izero();
+
+  Panel(const GroupWeight &weight, int64_t panel) : Panel(weight, weight.panels + panel * weight.panel_bytes) {}
+  Panel(const GroupWeight &weight, const uint8_t *begin)
+      : w(weight), scales(begin), zeros(begin + w.scale_bytes), codes(zeros + w.zero_bytes) {}
+
+  void start_group() {
+    if (w.wide_scale) {
+      scale = load(reinterpret_cast<const float *>(scales));
+      scales += lanes * 4;
+    } else {
+      scale = from_bf16(reinterpret_cast<const uint16_t *>(scales));
+      scales += lanes * 2;
+    }
+    zero = w.zero_bytes ? iload_bytes(zeros) : isplat(w.zero);
+    zeros += lanes;
+  }
+  PENJING_INLINE void start_segment() {}
+
+  template <class Use>
+  PENJING_INLINE void block(Use &&use) {
+    Packed<code>::block(codes, use);
+    codes += Packed<code>::bytes;
+  }
+};
+
+// The zero in the places that are not kept.
+template <GroupCode code>
+struct SparsePanel : Panel<GroupCode::int8> {
+  static constexpr bool sparse = true, nibbles = code == GroupCode::sparse4, wide = !nibbles;
+  const uint8_t *masks = nullptr;
+  B64 rest = lane_bytes(izero());
+
+  SparsePanel(const GroupWeight &weight, int64_t panel)
+      : Panel<GroupCode::int8>(weight, weight.panels + weight.begin[panel]) {}
+
+  void start_segment() {
+    rest = lane_bytes(zero);
+    masks = codes;
+    codes += 8 * w.quads;
+  }
+
+  template <class Use>
+  PENJING_INLINE void block(Use &&use) {
+    uint64_t mask;
+    std::memcpy(&mask, masks, 8);
+    masks += 8;
+    const int kept = __builtin_popcountll(mask);
+    if constexpr (nibbles) {
+      use(Which<0>{}, expand_nibbles(codes, mask, rest));
+      codes += (kept + 1) / 2;
+    } else {
+      use(Which<0>{}, expand(codes, mask, rest));
+      codes += kept;
+    }
+  }
+};
+
+template <>
+struct Panel<GroupCode::sparse8> : SparsePanel<GroupCode::sparse8> {
+  using SparsePanel::SparsePanel;
+};
+template <>
+struct Panel<GroupCode::sparse4> : SparsePanel<GroupCode::sparse4> {
+  using SparsePanel::SparsePanel;
+};
+
+PENJING_INLINE void write(const GroupProduct &p, int64_t panel, int64_t row, F16 y) {
+  const int64_t left = p.weight->rows - panel * lanes;
+  const int n = static_cast<int>(left < lanes ? left : lanes);
+  float *to = p.y + row * p.y_stride + panel * lanes;
+  if (n == lanes)
+    return store(to, p.bias ? add(y, load(p.bias + panel * lanes)) : y);
+  store(to, p.bias ? add(y, load(p.bias + panel * lanes, n)) : y, n);
+}
+
+PENJING_INLINE F16 per_row_result(I16 sum, float step, F16 scale) {
+  return mul(mul(to_float(sum), splat(step)), scale);
+}
+
+// y + the segment's sum · its steps.
+PENJING_INLINE F16 add_segment(F16 y, I16 sum, float step, F16 scale) {
+  return fma(to_float(sum), mul(splat(step), scale), y);
+}
+
+// Few rows: one pass over the panel, everything in registers.
+template <GroupCode code, int rows>
+void few(const GroupProduct &p, int64_t index, int64_t row) {
+  using P = Panel<code>;
+  constexpr int chains = rows == 1 ? 4 : rows <= 3 ? 2 : 1; // independent sums hide the latency of a product
+  constexpr int blocks = chains > P::quads ? chains / P::quads : 1;
+  const GroupWeight &w = *p.weight;
+  const int64_t segments = p.x.segments, stride = p.x.stride;
+  const int8_t *x = p.x.codes + row * stride;
+  const float *step = p.x.step + row * segments;
+  const int32_t *minus_sum = p.x.minus_sum + row * segments;
+  P panel(w, index);
+  F16 y[rows];
+  for (F16 &each : y)
+    each = zero();
+  for (int64_t g = 0; g < w.groups; ++g) {
+    panel.start_group();
+    for (int64_t part = 0; part < w.parts; ++part, ++step, ++minus_sum) {
+      panel.start_segment();
+      I16 sum[rows][chains];
+      for (int r = 0; r < rows; ++r) {
+        sum[r][0] = imul(isplat(minus_sum[r * segments]), panel.zero);
+        for (int c = 1; c < chains; ++c)
+          sum[r][c] = izero();
+      }
+      const auto block = [&](auto which) __attribute__((always_inline)) {
+        panel.block([&](auto k, B64 v) __attribute__((always_inline)) {
+          constexpr int at = decltype(which)::value * P::quads + decltype(k)::value;
+          for (int r = 0; r < rows; ++r)
+            sum[r][at % chains] = dot<P::wide>(sum[r][at % chains], v, quad<P::wide>(x + r * stride + 4 * at));
+        });
+      };
+      int64_t q = 0;
+      for (; q + blocks * P::quads <= w.quads; q += blocks * P::quads, x += 4 * blocks * P::quads) {
+        block(Which<0>{});
+        if constexpr (blocks > 1)
+          block(Which<1>{});
+        if constexpr (blocks > 2) {
+          block(Which<2>{});
+          block(Which<3>{});
+        }
+      }
+      for (; q < w.quads; q += P::quads, x += 4 * P::quads)
+        block(Which<0>{});
+      for (int r = 0; r < rows; ++r) {
+        for (int c = 1; c < chains; ++c)
+          sum[r][0] = iadd(sum[r][0], sum[r][c]);
+        y[r] = w.per_row ? per_row_result(sum[r][0], step[r * segments], panel.scale)
+                         : add_segment(y[r], sum[r][0], step[r * segments], panel.scale);
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    write(p, index, row + r, y[r]);
+}
+
+template <GroupCode code, int rows = few_rows>
+void few_of(const GroupProduct &p, int64_t panel, int64_t row, int64_t count) {
+  if (count == rows)
+    return few<code, rows>(p, panel, row);
+  if constexpr (rows > 1)
+    few_of<code, rows - 1>(p, panel, row, count);
+}
+
+// Many rows: a chunk of some panels is unpacked once, [quad][panel][64], and multiplied by all rows. Between chunks
+// results rest as they are, floats or (per row) integers, [row][panel][16].
+struct Chunk {
+  const GroupProduct &p;
+  const uint8_t *unpacked;
+  void *results;
+  int64_t row_begin;
+  int64_t segment, segments; // of x, that the chunk covers
+  int64_t quad, quads;       // where its x begins, and how long a segment of it is
+  bool first;
+  F16 (*scale)[tile_panels]; // of each segment
+  I16 (*zero)[tile_panels];
+};
+
+template <bool wide, int rows, int panels>
+void tile(const Chunk &c, int64_t row) {
+  const GroupWeight &w = *c.p.weight;
+  const CodedRows &coded = c.p.x;
+  const int8_t *x = coded.codes + row * coded.stride + 4 * c.quad;
+  const uint8_t *unpacked = c.unpacked;
+  auto *results = static_cast<uint8_t *>(c.results) + (row - c.row_begin) * panels * 64;
+  const auto at = [&](int r, int i) __attribute__((always_inline)) { return results + (r * panels + i) * 64; };
+  for (int64_t s = 0; s < c.segments; ++s) {
+    const float *step = coded.step + row * coded.segments + c.segment + s;
+    const int32_t *minus_sum = coded.minus_sum + row * coded.segments + c.segment + s;
+    I16 sum[rows][panels];
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < panels; ++i)
+        sum[r][i] = w.per_row && !c.first ? iload(at(r, i)) : imul(isplat(minus_sum[r * coded.segments]), c.zero[s][i]);
+    for (int64_t q = 0; q < c.quads; ++q, x += 4, unpacked += panels * 64) {
+      B64 weight[panels];
+      for (int i = 0; i < panels; ++i)
+        weight[i] = bload(unpacked + i * 64);
+      for (int r = 0; r < rows; ++r) {
+        const Quad<wide> each = quad<wide>(x + r * coded.stride);
+        for (int i = 0; i < panels; ++i)
+          sum[r][i] = dot<wide>(sum[r][i], weight[i], each);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < panels; ++i)
+        if (w.per_row) {
+          istore(at(r, i), sum[r][i]);
+        } else {
+          const F16 before = c.first && s == 0 ? zero() : load(reinterpret_cast<const float *>(at(r, i)));
+          store(reinterpret_cast<float *>(at(r, i)),
+                add_segment(before, sum[r][i], step[r * coded.segments], c.scale[s][i]));
+        }
+  }
+}
+
+template <bool wide, int panels, int rows = tile_rows>
+void tiles(const Chunk &c, int64_t row, int64_t row_end) {
+  for (; row + rows <= row_end; row += rows)
+    tile<wide, rows, panels>(c, row);
+  if constexpr (rows > 1)
+    tiles<wide, panels, rows - 1>(c, row, row_end);
+}
+
+template <GroupCode code, int panels>
+void many(const GroupProduct &p, int64_t index, int64_t row_begin, int64_t row_end, uint8_t *scratch) {
+  using P = Panel<code>;
+  const GroupWeight &w = *p.weight;
+  uint8_t *const unpacked = scratch, *const results = scratch + chunk * panels * 64;
+  const auto panel_of = [&](int i) { return P(w, index + (i < panels ? i : 0)); };
+  P panel[4] = {panel_of(0), panel_of(1), panel_of(2), panel_of(3)};
+  constexpr int most = chunk; // segments in a chunk: of a quad each
+  F16 scale[most][tile_panels];
+  I16 zeros[most][tile_panels];
+  const int64_t all = w.groups * w.parts, fit = chunk / w.quads > 1 ? chunk / w.quads : 1;
+  for (int64_t segment = 0; segment < all; segment += fit) {
+    const int64_t segments = all - segment < fit ? all - segment : fit;
+    for (int64_t quad = 0; quad < w.quads; quad += chunk) { // more than one chunk only per row
+      const int64_t quads = w.quads - quad < chunk ? w.quads - quad : chunk;
+      for (int i = 0; i < panels; ++i) {
+        uint8_t *out = unpacked + i * 64;
+        for (int64_t s = 0; s < segments; ++s) {
+          if (quad == 0 && (segment + s) % w.parts == 0)
+            panel[i].start_group();
+          if (quad == 0)
+            panel[i].start_segment();
+          scale[s][i] = panel[i].scale;
+          zeros[s][i] = panel[i].zero;
+          for (int64_t q = 0; q < quads; q += P::quads, out += P::quads * panels * 64)
+            panel[i].block([&](auto k, B64 v)
+                               __attribute__((always_inline)) { bstore(out + k.value * panels * 64, v); });
+        }
+      }
+      const Chunk c{
+          p,     unpacked, results, row_begin, segment, segments, segment * w.quads + quad, quads, segment + quad == 0,
+          scale, zeros};
+      tiles<P::wide, panels>(c, row_begin, row_end);
+    }
+  }
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int i = 0; i < panels; ++i) {
+      const uint8_t *result = results + ((row - row_begin) * panels + i) * 64;
+      write(p, index + i, row,
+            w.per_row ? per_row_result(iload(result), p.x.step[row * p.x.segments], panel[i].scale)
+                      : load(reinterpret_cast<const float *>(result)));
+    }
+}
+
+template <GroupCode code>
+void product(const GroupProduct &p, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end, uint8_t *scratch) {
+  if (row_end - row <= few_rows) {
+    for (; panel < panel_end; ++panel)
+      few_of<code>(p, panel, row, row_end - row);
+    return;
+  }
+  for (; panel + tile_panels <= panel_end; panel += tile_panels)
+    many<code, tile_panels>(p, panel, row, row_end, scratch);
+  for (; panel < panel_end; ++panel)
+    many<code, 1>(p, panel, row, row_end, scratch);
+}
+
+template <GroupCode code>
+void unpack(const GroupWeight &w, int64_t index, uint8_t *codes) {
+  Panel<code> panel(w, index);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    panel.start_group();
+    for (int64_t part = 0; part < w.parts; ++part) {
+      panel.start_segment();
+      for (int64_t q = 0; q < w.quads; q += Panel<code>::quads, codes += Panel<code>::quads * 64)
+        panel.block([&](auto k, B64 v) __attribute__((always_inline)) { bstore(codes + k.value * 64, v); });
+    }
+  }
+}
+
+template <GroupCode code>
+struct Kind {
+  static constexpr GroupCode value = code;
+};
+
+template <class Use>
+PENJING_INLINE void with_code(GroupCode code, Use &&use) {
+  switch (code) {
+  case GroupCode::int8: return use(Kind<GroupCode::int8>{});
+  case GroupCode::int4: return use(Kind<GroupCode::int4>{});
+  case GroupCode::int3: return use(Kind<GroupCode::int3>{});
+  case GroupCode::int2: return use(Kind<GroupCode::int2>{});
+  case GroupCode::mxfp4: return use(Kind<GroupCode::mxfp4>{});
+  case GroupCode::sparse8: return use(Kind<GroupCode::sparse8>{});
+  case GroupCode::sparse4: return use(Kind<GroupCode::sparse4>{});
+  }
+}
+
+} // namespace
+
+void group_product(const GroupProduct &p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end,
+                   uint8_t *scratch) {
+  with_code(p.weight->code,
+            [&](auto kind) { product<decltype(kind)::value>(p, panel_begin, panel_end, row_begin, row_end, scratch); });
+}
+
+void group_panel(const GroupWeight &w, int64_t panel, uint8_t *codes) {
+  with_code(w.code, [&](auto kind) { unpack<decltype(kind)::value>(w, panel, codes); });
+}
+
+} // namespace penjing::PENJING_ISA

@@ -7,6 +7,7 @@ import pytest
 
 from penjing import kernels
 from penjing.formats.affine import AffineTensor, Grid
+from penjing.formats.mxfp4 import Mxfp4Tensor
 from penjing.kernels import reference
 
 UNITS = {2: 16, 3: 32, 4: 8}  # columns that are packed together, dense
@@ -110,3 +111,32 @@ def test_half_of_the_weights_take_less_memory() -> None:
         tensor = weight_of(256, 1024, Grid(bits, 128, scale_dtype="bfloat16"), True)
         dense, sparse = (kernels.matrix_from(tensor, activations="int8-groups", sparse=s).nbytes for s in (False, True))
         assert sparse < share * dense
+
+
+def test_mxfp4() -> None:
+    """E2M1 is an integer grid of half units, so its products are those of integers with the step halved."""
+    rng = np.random.default_rng(0)
+    for rows, groups in ((1, 1), (35, 5), (16, 9)):
+        scales = rng.integers(100, 130, (rows, groups)).astype(np.uint8)
+        tensor = Mxfp4Tensor(rng.integers(0, 256, (rows, groups, 16)).astype(np.uint8), scales)
+        matrix = kernels.matrix_from(tensor, activations="int8-groups")
+        weight = tensor.decode().astype(np.float32)
+        assert (matrix.decode() == weight).all()
+        assert matrix.layout == "mxfp4-int8-groups"
+        twice = (weight.reshape(rows, groups, 32) / np.exp2(scales.astype(np.float32) - 128)[..., None]).astype(np.int8)
+        grid = AffineTensor(twice.reshape(rows, -1), np.exp2(scales.astype(np.float32) - 128), None, Grid(8, 32))
+        x = random(20, groups * 32)
+        y = matrix(x)
+        bound = 1e-6 * (np.abs(x) @ np.abs(weight).T)
+        assert (np.abs(y - reference.group_matrix(x, grid)) <= bound).all()
+        for m in (1, 3, 8):
+            assert (matrix(x[:m]) == y[:m]).all()
+        floats = kernels.matrix_from(tensor)
+        assert floats.layout == "bfloat16"
+        assert (floats.decode() == weight).all()
+
+
+def test_mxfp4_of_wrong_shape_is_refused() -> None:
+    tensor = Mxfp4Tensor(np.zeros((2, 3, 16), np.uint8), np.zeros((2, 4), np.uint8))
+    with pytest.raises(ValueError, match="scale"):
+        kernels.matrix_from(tensor, activations="int8-groups")

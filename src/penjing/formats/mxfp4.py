@@ -6,6 +6,8 @@ scale is a byte that stands for 2^(scale − 127). Every number of the format is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -20,3 +22,19 @@ def decode(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[ml_d
     codes = np.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], BLOCK)
     values = np.ldexp(_VALUES[codes], scales.astype(np.int32)[..., None] - 127)
     return values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK).astype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class Mxfp4Tensor:
+    """A matrix (out, in) as it is stored: blocks uint8 (out, in / 32, 16), scales uint8 (out, in / 32)."""
+
+    blocks: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, groups = self.scales.shape
+        return rows, groups * BLOCK
+
+    def decode(self) -> NDArray[ml_dtypes.bfloat16]:
+        return decode(self.blocks, self.scales)

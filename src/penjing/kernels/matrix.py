@@ -11,6 +11,7 @@ from .. import _native
 from ..errors import BadInput
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
+from ..formats.mxfp4 import Mxfp4Tensor
 from ._bits import float_bits, is_bfloat16
 from .stream import bitmask_decode
 
@@ -49,14 +50,14 @@ class Matrix:
 
 
 def matrix_from(
-    weight: NDArray[Any] | AffineTensor | BitmaskTensor,
+    weight: NDArray[Any] | AffineTensor | BitmaskTensor | Mxfp4Tensor,
     *,
     activations: Literal["float", "int8", "int8-groups"] = "float",
     sparse: bool | None = None,
 ) -> Matrix:
     """A weight (out, in), put into the layout of its kernel.
 
-    weight: float32, float16 or bfloat16 array, an AffineTensor, or a BitmaskTensor of floats.
+    weight: float32, float16 or bfloat16 array, an AffineTensor, a BitmaskTensor of floats, or an Mxfp4Tensor.
     activations: "float" keeps them. "int8" quantizes each row of x on the fly, symmetrically, with one step (8-bit
     weights with one step a row or a tensor). "int8-groups" does so with a step for up to 128 columns, on integer
     weights of any bits and groups; floats stay floats.  sparse: keep a bitmask and the non-zeros, expanded
@@ -68,6 +69,11 @@ def matrix_from(
         raise BadInput(f"activations={activations!r}: known: float, int8, int8-groups")
     if isinstance(weight, AffineTensor):
         return Matrix(_from_affine(weight, activations, sparse))
+    if isinstance(weight, Mxfp4Tensor):
+        if activations == "int8-groups":
+            blocks = np.ascontiguousarray(weight.blocks).reshape(len(weight.blocks), -1)
+            return Matrix(_native.matrix_from_mxfp4(blocks, np.ascontiguousarray(weight.scales)))
+        weight = weight.decode()
     if activations == "int8":
         raise BadInput("activations='int8' needs 8-bit weights with one step a row or a tensor; these are floats")
     if isinstance(weight, BitmaskTensor):

@@ -30,6 +30,7 @@ from .checkpoint.storage import Weight
 from .errors import BadCheckpoint, BadInput, OutOfBudget, PenjingError
 from .formats.affine import AffineTensor
 from .methods import apply
+from .models.stacked import unstack
 from .recipe import Recipe, build
 
 # Bytes of the original that are done, and all of them.
@@ -43,7 +44,8 @@ class CompressResult:
     """What a run made. Sizes in bytes, seconds of this run; see docs/compress.md for the fields.
 
     bits_per_weight: all weight files over all parameters.  target_bits_per_weight: compressed modules alone.
-    sparsity: share of the compressed modules' weights that was pruned.  resumed_at_block: None for a fresh run.
+    sparsity: share of the compressed modules' weights that was pruned.  stacked_bytes: of tensors of several matrices
+    each (the experts of some families), which are written as they are.  resumed_at_block: None for a fresh run.
     digest: what ``sha256sum *.safetensors | sha256sum`` says in the folder.  check: what the self-check found.
     evaluation: ΔL on held-out text, if it was asked for.
     """
@@ -54,6 +56,7 @@ class CompressResult:
     bits_per_weight: float
     target_bits_per_weight: float
     sparsity: float
+    stacked_bytes: int
     seconds: float
     peak_rss_bytes: int
     memory_bound_bytes: int
@@ -75,6 +78,8 @@ class CompressResult:
             "time": f"{self.seconds:.1f} s, peak memory {self.peak_rss_bytes / 2**20:.0f} MiB",
             "digest": self.digest,
         }
+        if self.stacked_bytes:
+            rows["as it was"] = f"{self.stacked_bytes:,} bytes of experts that lie in tensors of all of them"
         if self.evaluation is not None:
             low, high = self.evaluation["loss_change_ci95"] or (float("nan"), float("nan"))
             rows["ΔL"] = f"{self.evaluation['loss_change']:+.4f}, 95 % [{low:+.4f}, {high:+.4f}]"
@@ -116,6 +121,7 @@ def compress(
     for rule in made.rules:
         apply.check(rule)
     checkpoint, folder = open_checkpoint(model), Path(output)
+    unstack(checkpoint)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
     plan = make_plan(checkpoint, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
@@ -308,7 +314,14 @@ def _check_disk(plan: Plan, journal: Journal) -> None:
 def _result(
     output: Path, made: Mapping[str, Any], start: float, bound: int, resumed_at: int | None, *, already: bool
 ) -> CompressResult:
-    same = ("size_bytes", "original_size_bytes", "bits_per_weight", "target_bits_per_weight", "sparsity")
+    same = (
+        "size_bytes",
+        "original_size_bytes",
+        "bits_per_weight",
+        "target_bits_per_weight",
+        "sparsity",
+        "stacked_bytes",
+    )
     return CompressResult(
         output=str(output),
         seconds=time.monotonic() - start,

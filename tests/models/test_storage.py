@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from variants import VARIANTS
 
+import penjing
 from penjing import models
 from penjing.checkpoint import open_checkpoint
+from penjing.checkpoint.describe import describe
 from penjing.checkpoint.safetensors import read_safetensors, write_safetensors
-from penjing.errors import BadCheckpoint
+from penjing.errors import BadCheckpoint, Unsupported
 from penjing.formats import mxfp4
 from penjing.models.config import Linear, Run, Source
 from penjing.models.reference import Reference
@@ -103,6 +105,11 @@ def test_experts_of_gpt_oss_in_mxfp4(tiny: Any) -> None:
     with torch.no_grad():
         right = oracle(torch.tensor(IDS[None])).logits[0].numpy()
     np.testing.assert_allclose(logits(folder), right, atol=2e-4, rtol=1e-4)
+    summary = describe(folder)
+    assert summary.format == "float32, mxfp4"
+    assert summary.parameters == sum(parameter.numel() for parameter in oracle.parameters())
+    with pytest.raises(Unsupported, match="compressed already"):
+        penjing.compress(folder, folder / "small", "int4")
 
 
 TOWERS = {

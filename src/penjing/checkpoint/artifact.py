@@ -117,6 +117,8 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
     zeros = sum(count for entry in entries.values() for count in entry["zeros"].values())
     rules = list(dict.fromkeys(plan.rules.values()))
     infos = plan.checkpoint.infos
+    copies = [infos[name] for shard in plan.shards for name in shard.copies]
+    stacks = [info for info in copies if len(info.shape) == 3 and info.shape[1] > 1]
     return {
         "penjing": __version__,
         "identity": identity,
@@ -124,7 +126,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
         "resolved": {
             "rules": [asdict(rule) for rule in rules],
             "modules": {module: rules.index(rule) for module, rule in plan.rules.items()},
-            "left_as_is": [name for shard in plan.shards for name in shard.copies if len(infos[name].shape) > 1],
+            "left_as_is": [info.name for info in copies if len(info.shape) > 1],
         },
         "files": list(files),
         "weights": weights,
@@ -135,6 +137,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
         "bits_per_weight": 8 * sum(nbytes for _, nbytes in sizes) / parameters,
         "target_bits_per_weight": 8 * stored / targeted,
         "sparsity": zeros / targeted,
+        "stacked_bytes": sum(info.nbytes for info in stacks),
         "blocks": plan.blocks,
         "evaluation": None,
     }

@@ -13,13 +13,19 @@ from .atomic import read_json
 from .blocks import order_blocks
 from .folder import Checkpoint, is_part, module_of, open_checkpoint
 
+# The first role with a word that a tensor's name has.
 _ROLES = (
+    ("pictures", ("vision", "visual", "audio", "multi_modal")),
+    ("head", ("lm_head", "embed_out")),
     ("embedding", ("embed", "wte", "wpe")),
-    ("head", ("lm_head",)),
     ("norms", ("norm", "ln_")),
     ("attention", ("attn", "attention")),
-    ("mlp", ("mlp", "feed_forward", "experts", "moe")),
+    ("mlp", ("shared_expert",)),
+    ("experts", (".experts.",)),
+    ("routers", ("router", ".moe.gate.", "mlp.gate.", "block_sparse_moe.gate.")),
+    ("mlp", ("mlp", "feed_forward")),
 )
+_BLOCKS, _SCALES = "_blocks", "_scales"  # of a tensor X in MXFP4: two numbers a byte, and a scale for 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def describe(path: str | Path) -> Summary:
         roles[_role(name)]["parameters"] += _parameters(checkpoint, name)
     parameters = sum(sizes["parameters"] for sizes in roles.values())
     stored = sum(sizes["bytes"] for sizes in roles.values())
-    layers = checkpoint.config.get("num_hidden_layers")
+    text = checkpoint.config.get("text_config")
+    layers = (text if isinstance(text, dict) else checkpoint.config).get("num_hidden_layers")
     return Summary(
         path=str(checkpoint.path),
         family=str(checkpoint.config.get("model_type", "unknown")),
@@ -98,6 +105,9 @@ def _role(name: str) -> str:
 def _parameters(checkpoint: Checkpoint, name: str) -> int:
     """Numbers in a tensor of `Checkpoint.names`; of packed ones what their shape says."""
     if name in checkpoint.infos:
+        whole = name.removesuffix(_BLOCKS).removesuffix(_SCALES)
+        if f"{whole}{_BLOCKS}" in checkpoint.infos and f"{whole}{_SCALES}" in checkpoint.infos:
+            return 2 * checkpoint.infos[name].size if name.endswith(_BLOCKS) else 0
         return checkpoint.infos[name].size
     module = module_of(name)
     shape = next(part for part in ("weight_shape", "weight.shape") if f"{module}.{part}" in checkpoint.infos)
@@ -113,7 +123,7 @@ def _sparsity(checkpoint: Checkpoint) -> float | None:
 
 
 def _format(checkpoint: Checkpoint) -> str:
-    """Number formats of the weights: ``bfloat16``, ``int4 g128``, ``int8 bitmask``, joined by commas."""
+    """Number formats of the weights: ``bfloat16``, ``int4 g128``, ``int8 bitmask``, ``mxfp4``, joined by commas."""
     plain = [info for name, info in checkpoint.infos.items() if name.endswith(".weight") and len(info.shape) == 2]
     compressed = sorted({module_of(name) for name in checkpoint.infos if is_part(name)})
     found = set()
@@ -126,6 +136,8 @@ def _format(checkpoint: Checkpoint) -> str:
         else:
             words.append(str(checkpoint.infos[f"{module}.weight.compressed"].dtype))
         found.add(" ".join([*words, *(["bitmask"] if f"{module}.weight.bitmask" in checkpoint.infos else [])]))
+    if any(f"{name.removesuffix(_SCALES)}{_BLOCKS}" in checkpoint.infos for name in checkpoint.infos):
+        found |= {"mxfp4", *(str(np.dtype(info.dtype)) for info in plain)}
     if not found:
         found = {str(np.dtype(info.dtype)) for info in plain or checkpoint.infos.values()}
     return ", ".join(sorted(found))

@@ -67,6 +67,19 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.path}: tensor {stored_name} is missing")
         return self._files[stored_name].read(stored_name, rows)
 
+    def split(self, name: str, parts: Mapping[str, tuple[int, int, int]]) -> None:
+        """Let a tensor (n, rows, columns) be read as matrices: new name → number on the first axis, first row, rows.
+
+        Nothing is read; the tensor's own name is gone.
+        """
+        info, file = self.infos.pop(name), self._files.pop(name)
+        _, height, columns = info.shape
+        for part, (index, first, rows) in parts.items():
+            start = info.start + (index * height + first) * columns * info.dtype.itemsize
+            file.infos[part] = self.infos[part] = TensorInfo(part, info.dtype, (rows, columns), start)
+            self._files[part] = file
+        self.__dict__.pop("names", None)
+
     def tensor(self, name: str) -> NDArray[Any]:
         """A tensor of `names`; a weight that is stored compressed is decoded, to float32 or its own dtype."""
         module, _, part = name.rpartition(".")

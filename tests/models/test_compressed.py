@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_storage import change, fused
+from stored import change, fused
 from variants import VARIANTS
 
 import penjing

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from stored import Tensors, change, fused
 from variants import VARIANTS
 
 import penjing
 from penjing import models
 from penjing.checkpoint import open_checkpoint
 from penjing.checkpoint.describe import describe
-from penjing.checkpoint.safetensors import read_safetensors, write_safetensors
 from penjing.errors import BadCheckpoint, Unsupported
 from penjing.formats import mxfp4
 from penjing.models.config import Linear, Run, Source
 from penjing.models.reference import Reference
 from penjing.models.weights import check_tensors, read_bias, read_weight
 
-Tensors = dict[str, np.ndarray]
 RNG = np.random.default_rng(3)
 IDS = RNG.integers(0, 97, 20)
 
@@ -33,35 +30,6 @@ def logits(folder: Path) -> np.ndarray:
     config = models.read_config(checkpoint)
     check_tensors(checkpoint, config)
     return Reference(checkpoint, config).logits(IDS)
-
-
-def change(folder: Path, tensors: Callable[[Tensors], Tensors], **values: Any) -> Path:
-    """A folder with its tensors and config.json changed."""
-    stored, _ = read_safetensors(folder / "model.safetensors")
-    write_safetensors(folder / "model.safetensors", tensors(stored), {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def fused(tensors: Tensors) -> Tensors:
-    """Experts one by one as tensors of all of them, as transformers holds them in memory."""
-    made: Tensors = {}
-    experts: dict[str, list[np.ndarray]] = {}
-    for name, array in sorted(tensors.items()):
-        found = re.match(r"(model\.layers\.\d+\.).*experts\.\d+\.(\w+)\.weight", name)
-        if found is None:
-            made[name] = array
-        else:
-            experts.setdefault(found[1] + found[2], []).append(array)
-    for name, arrays in experts.items():
-        prefix, part = name.rsplit(".", 1)
-        if part in ("gate_proj", "w1"):
-            up = np.stack(experts[f"{prefix}.{'up_proj' if part == 'gate_proj' else 'w3'}"])
-            made[f"{prefix}.mlp.experts.gate_up_proj"] = np.concatenate([np.stack(arrays), up], axis=1)
-        elif part in ("down_proj", "w2"):
-            made[f"{prefix}.mlp.experts.down_proj"] = np.stack(arrays)
-    return made
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe", "deepseek_v3"])

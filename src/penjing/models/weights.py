@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Weight
 from ..errors import BadCheckpoint, Unsupported
-from ..formats import mxfp4
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
+from ..formats.mxfp4 import Mxfp4Tensor
 from ..kernels import Matrix, matrix_from
 from ..kernels.decoder import MAX_HEAD_DIM
 from .config import Attention, Linear, Mlp, ModelConfig, Norm, Source
@@ -91,8 +91,8 @@ def locate(checkpoint: Checkpoint, prefix: str, linear: Linear) -> Source:
     raise BadCheckpoint(f"{checkpoint.path}: tensor {prefix}{linear.name}.weight is missing; config.json calls for it")
 
 
-def read_weight(checkpoint: Checkpoint, prefix: str, linear: Linear) -> Weight:
-    """A block's weight (out, in) as it is stored: an array, or integers with their steps, or a bitmask.
+def read_weight(checkpoint: Checkpoint, prefix: str, linear: Linear) -> Weight | Mxfp4Tensor:
+    """A block's weight (out, in) as it is stored: an array, integers with their steps, a bitmask, or MXFP4.
 
     prefix: what the block's names begin with, dot included.
     """
@@ -133,17 +133,15 @@ def rows_of(weight: Weight, source: Source) -> Weight:
     )
 
 
-def _read_expert(checkpoint: Checkpoint, prefix: str, source: Source) -> NDArray[np.generic]:
-    """One expert of a tensor of all; MXFP4 becomes bfloat16, which holds it exactly."""
+def _read_expert(checkpoint: Checkpoint, prefix: str, source: Source) -> NDArray[np.generic] | Mxfp4Tensor:
+    """One expert of a tensor of all."""
     name, expert = f"{prefix}{source.name}", source.expert or 0
-    own = slice(expert, expert + 1)
-    if name in checkpoint.infos:
-        whole = checkpoint.read(name, own)[0]
-        matrix = whole.T if source.transposed else whole
-    else:
-        blocks, scales = (checkpoint.read(f"{name}_{part}", own)[0] for part in ("blocks", "scales"))
-        matrix = mxfp4.decode(blocks, scales)
-    chosen = source.indices()
+    own, chosen = slice(expert, expert + 1), source.indices()
+    if name not in checkpoint.infos:
+        parts = [checkpoint.read(f"{name}_{part}", own)[0] for part in ("blocks", "scales")]
+        return Mxfp4Tensor(*(part if chosen is None else part[chosen] for part in parts))
+    whole = checkpoint.read(name, own)[0]
+    matrix = whole.T if source.transposed else whole
     return np.ascontiguousarray(matrix if chosen is None else matrix[chosen])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...checkpoint import Checkpoint, Weight
+from ...formats.mxfp4 import Mxfp4Tensor
 from ..config import Block, Linear, Mlp, ModelConfig
 from ..weights import read_bias, read_norm, read_vector, read_weight
 from .experts import mixture
@@ -59,7 +60,7 @@ class Reference:
         return dense(self.checkpoint.weight(module), self.dtype)
 
 
-def dense(weight: Weight, dtype: np.dtype[Any]) -> Array:
+def dense(weight: Weight | Mxfp4Tensor, dtype: np.dtype[Any]) -> Array:
     return (weight if isinstance(weight, np.ndarray) else weight.decode()).astype(dtype)
 
 

@@ -86,7 +86,7 @@ class Reader:
 
     def activation(self, key: str, default: str = "silu") -> Activation:
         value = self._get(key, default)
-        if value not in _ACTIVATIONS:
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             raise Unsupported(f"{self.where}: {key} = {value!r}; {nearest(str(value), list(_ACTIVATIONS))}")
         return _ACTIVATIONS[value]
 

@@ -27,6 +27,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "proportional": (),
 }
+_MOST = 1e15  # no number of rotary positions is larger
 _LISTS = ("short_factor", "long_factor")
 _OLDER = {"su": "longrope"}
 _KNOWN = {
@@ -88,10 +89,10 @@ def read_rope_of(
 def rope_from(given: Mapping[str, Any], config: Mapping[str, Any], where: str, head_dim: int, **defaults: Any) -> Rope:
     """From one object of parameters, such as those of one kind of layer."""
     values = {**defaults, **{key: value for key, value in given.items() if value is not None}}
-    kind = values.get("rope_type", values.get("type", "default"))
+    kind = str(values.get("rope_type", values.get("type", "default")))
     kind = _OLDER.get(kind, kind)
     if kind not in _NEEDS:
-        raise Unsupported(f"{where}: rope_type = {kind!r}; {nearest(str(kind), _NEEDS)}")
+        raise Unsupported(f"{where}: rope_type = {kind!r}; {nearest(kind, _NEEDS)}")
     for key in values:
         if key not in _KNOWN:
             raise BadCheckpoint(f"{where}: rotary positions have no {key!r}; {nearest(key, _KNOWN)}")
@@ -102,7 +103,7 @@ def rope_from(given: Mapping[str, Any], config: Mapping[str, Any], where: str, h
     width = head_dim if kind == "proportional" else int(head_dim * part)
     if part > 1 or width < 2 or width % 2:
         raise BadCheckpoint(f"{where}: partial_rotary_factor = {part} of head_dim = {head_dim}, expected whole pairs")
-    theta = _number(values, "rope_theta", where, 10000.0)
+    theta = _number(values, "rope_theta", where, 10000.0, above=1)
     frequencies = theta ** -(np.arange(0, width, 2) / width)
     return _stretched(kind, frequencies, theta, part, values, config, where)
 
@@ -116,7 +117,7 @@ def _stretched(
     config: Mapping[str, Any],
     where: str,
 ) -> Rope:
-    longest = _number(config, "max_position_embeddings", where, 1.0)
+    longest = _number(config, "max_position_embeddings", where, 2.0)
     original = _number(values, "original_max_position_embeddings", where, longest)
     scale = 1.0
     if kind == "longrope":
@@ -126,9 +127,10 @@ def _stretched(
     elif kind == "proportional":
         # Only the fastest pairs of the head turn, as fast as if all did.
         turning = int(part * len(frequencies) * 2 // 2)
-        frequencies = np.where(np.arange(len(frequencies)) < turning, frequencies, 0) / values.get("factor", 1.0)
+        frequencies = np.where(np.arange(len(frequencies)) < turning, frequencies, 0)
+        frequencies = frequencies / _number(values, "factor", where, 1.0)
     elif kind == "llama3":
-        frequencies = _llama3(frequencies, values, original)
+        frequencies = _llama3(frequencies, values, original, where)
     elif kind == "yarn":
         frequencies, scale = _yarn(frequencies, values, theta, original, where)
     # "dynamic" stretches only beyond max_position, which no sequence here may pass.
@@ -151,19 +153,20 @@ def merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _number(values: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
+def _number(values: Mapping[str, Any], key: str, where: str, default: float | None, above: float = 0) -> float:
     value: Any = default if values.get(key) is None else values[key]
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not above < value < _MOST:
         raise BadCheckpoint(
-            f"{where}: {key} of the rotary positions is {values.get(key)!r}, expected a positive number"
+            f"{where}: {key} of the rotary positions is {values.get(key)!r}, expected a number above {above}"
         )
     return float(value)
 
 
-def _llama3(frequencies: NDArray[Any], values: Mapping[str, Any], original: float) -> NDArray[Any]:
+def _llama3(frequencies: NDArray[Any], values: Mapping[str, Any], original: float, where: str) -> NDArray[Any]:
     """Llama 3.1: slow pairs are slowed down by ``factor``, fast ones kept, those between interpolated."""
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
-    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    low = _number(values, "low_freq_factor", where, None)
+    high = _number(values, "high_freq_factor", where, None, above=low)
     keep = np.clip((turns - low) / (high - low), 0, 1)
     slowed: NDArray[Any] = frequencies * (keep + (1 - keep) / values["factor"])
     return slowed
@@ -184,16 +187,26 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
-    scale = values.get("attention_factor")
-    if scale is None:
-        both = values.get("mscale") and values.get("mscale_all_dim")
-        scale = mscale(factor, values["mscale"]) / mscale(factor, values["mscale_all_dim"]) if both else mscale(factor)
-    return frequencies * (1 - ramp) + frequencies / factor * ramp, float(scale)
+    scale = _mscale(factor)
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        turning, every = (_number(values, key, where, None) for key in ("mscale", "mscale_all_dim"))
+        scale = _mscale(factor, turning) / _mscale(factor, every)
+    scale = _number(values, "attention_factor", where, scale)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, scale
 
 
-def mscale(factor: float, weight: float = 1.0) -> float:
-    """YaRN's temperature: 0.1 · weight · log(factor) + 1."""
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's temperature."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def score_temperature(config: Mapping[str, Any], where: str) -> float:
+    """What YaRN with ``mscale_all_dim`` multiplies all scores with, and not only those of what turns (DeepSeek)."""
+    values = merged(config, where)
+    if not values.get("mscale_all_dim"):
+        return 1.0
+    factor = _number(values, "factor", where, None)
+    return _mscale(factor, _number(values, "mscale_all_dim", where, None)) ** 2
 
 
 def _longrope(
@@ -208,12 +221,10 @@ def _longrope(
             raise BadCheckpoint(f"{where}: {key} of the rotary positions: expected {len(frequencies)} positive numbers")
         sets.append(tuple((frequencies / np.asarray(factors, np.float64)).tolist()))
     beside = config.get("original_max_position_embeddings") is not None  # Phi-3 has it there, and it goes first
-    original = _number(config if beside else values, "original_max_position_embeddings", where, longest)
+    original = _number(config if beside else values, "original_max_position_embeddings", where, longest, above=1)
     factor = _number(values, "factor", where, longest / original)
-    scale = values.get("attention_factor")
-    if scale is None:
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return Rope(sets[0], float(scale), sets[1], int(original))
+    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return Rope(sets[0], _number(values, "attention_factor", where, scale), sets[1], int(original))
 
 
 def rotate(

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import Experts, LatentAttention, ModelConfig
 from ..parts import block, decoder, latent_attention, mixture, pre_norm, rms
 from ..reader import Reader
-from ..rope import merged, mscale, read_rope
+from ..rope import read_rope, score_temperature
 from .llama import Feed, gated_feed
 
 _DEFAULTS = {"q_lora_rank": 1536, "n_shared_experts": 2, "first_k_dense_replace": 0, "topk_method": "greedy"}
@@ -54,9 +54,7 @@ def with_latents(read: Reader, feed: Feed, *, interleaved: bool) -> ModelConfig:
     """A decoder with latent attention; ``interleaved``: neighbouring elements turn together."""
     hidden, rope_dim = read.integer("hidden_size"), read.integer("qk_rope_head_dim", 64)
     nope_dim = read.integer("qk_nope_head_dim", 128)
-    rope, bias = merged(read.values, read.where), read.flag("attention_bias")
-    # YaRN's temperature is on the scores of all elements, not on those alone that turn.
-    temperature = mscale(rope["factor"], rope["mscale_all_dim"]) ** 2 if rope.get("mscale_all_dim") else 1.0
+    bias = read.flag("attention_bias")
     attention = LatentAttention(
         heads=read.integer("num_attention_heads"),
         q_rank=read.maybe("q_lora_rank"),
@@ -64,7 +62,7 @@ def with_latents(read: Reader, feed: Feed, *, interleaved: bool) -> ModelConfig:
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         value_dim=read.integer("v_head_dim", 128),
-        scale=(nope_dim + rope_dim) ** -0.5 * temperature,
+        scale=(nope_dim + rope_dim) ** -0.5 * score_temperature(read.values, read.where),
         rope=read_rope(read.values, read.where, rope_dim),
         rope_interleaved=interleaved,
     )

@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench serve native asan fuzz arm clean
+.PHONY: help demo test test-all lint fix bench engines serve native asan fuzz arm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ fix: $(VENV)/.linters ## let ruff and clang-format mend what they can
 bench: $(VENV)/.installed ## start-up times, and the speed of Novelist on this machine
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/penjing bench examples/novelist
+
+engines: $(VENV)/.installed ## the engine beside llama.cpp, OpenVINO, vLLM and vllm.cpp; builds them first, then half an hour
+	$(BIN)/python benchmarks/engines.py
 
 serve: $(VENV)/.installed ## serve Novelist at http://127.0.0.1:8000
 	$(BIN)/penjing serve examples/novelist

@@ -1,0 +1,92 @@
+"""Penjing through `engine.process.load`, `Engine.add` and `Engine.step`, as its service uses them.
+
+python penjing_engine.py                 answers the commands of protocol.py, and one more:
+
+{"do": "prefix", "tokens": 1000, "seed": 0}   → {"cold": …, "seconds": …}   to the first token of a prompt, and of
+                                                the same prompt again
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import protocol
+
+from penjing import __version__
+from penjing.engine.bench import bytes_read_per_token
+from penjing.engine.messages import Load, Request, SamplingParams
+from penjing.engine.process import load
+
+BATCH = 512
+LENGTH = 1
+
+
+class Penjing:
+    def load(self, model: str, threads: int, kind: str, cache: str | None = None) -> dict[str, Any]:
+        chosen = {"kv_cache_dtype": cache} if cache else {}
+        start = time.perf_counter()
+        self.engine, ready = load(
+            Load(folder=model, max_num_seqs=8, max_num_batched_tokens=BATCH, threads=threads, **chosen)
+        )
+        seconds = time.perf_counter() - start
+        self._ids = itertools.count()
+        return {
+            "seconds": seconds,
+            "version": f"Penjing {__version__}",
+            "bytes": bytes_read_per_token(self.engine.model, LENGTH),
+            "weights_bytes": ready.weights_bytes,
+            "cache": cache or "the engine's own choice",
+        } | WORDS[kind]
+
+    def prefill(self, tokens: int, seed: int) -> dict[str, Any]:
+        return {"seconds": self._run(1, tokens, 1, seed)[0]}
+
+    def decode(self, streams: int, tokens: int, context: int, seed: int) -> dict[str, Any]:
+        _, seconds, written = self._run(streams, context, tokens + 1, seed)
+        return {"seconds": seconds, "tokens": written}
+
+    def prefix(self, tokens: int, seed: int) -> dict[str, Any]:
+        cold = self._run(1, tokens, 1, seed)[0]
+        return {"cold": cold, "seconds": self._run(1, tokens, 1, seed)[0]}
+
+    def _run(self, streams: int, length: int, tokens: int, seed: int) -> tuple[float, float, int]:
+        """Seconds until every stream has a token, seconds after that, and the tokens written in these."""
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        start = time.perf_counter()
+        for stream in range(streams):
+            prompt = protocol.prompt(length, seed, stream)
+            self.engine.add(Request(f"{next(self._ids)}", prompt, params))
+        started: set[str] = set()
+        first, written = None, 0
+        while self.engine.has_work:
+            events = self.engine.step()
+            if first is None:
+                started |= {event.request_id for event in events if event.tokens}
+                first = time.perf_counter() if len(started) == streams else None
+            else:
+                written += sum(len(event.tokens) for event in events)
+            if failed := next((event.error for event in events if event.error), None):
+                raise RuntimeError(failed)
+        assert first is not None
+        return first - start, time.perf_counter() - first, written
+
+
+INT4 = {"weights": "4 bits, a float16 step for 128", "activations": "int8, a step for 128"}
+SPARSE = INT4 | {"weights": "4 bits, a step for 128, half of them zero"}
+INT8 = {"weights": "8 bits, a step a row", "activations": "int8, a step for 128"}
+FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16"}, {"head": "8 bits"}
+WORDS = {
+    "int4": INT4 | FLOAT_HEAD,
+    "int4h8": INT4 | SMALL_HEAD,
+    "int4-sparse50": SPARSE | FLOAT_HEAD,
+    "int4s50h8": SPARSE | SMALL_HEAD,
+    "int8": INT8 | FLOAT_HEAD,
+    "int8h8": INT8 | SMALL_HEAD,
+    "w8a8": INT8 | {"activations": "int8, a step a token"} | FLOAT_HEAD,
+}
+
+if __name__ == "__main__":
+    engine = Penjing()
+    protocol.serve({"load": engine.load, "prefill": engine.prefill, "decode": engine.decode, "prefix": engine.prefix})

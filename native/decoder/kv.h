@@ -17,7 +17,8 @@ struct KvLayer {
   int kv_heads, key_dim, value_dim;
 };
 
-// float16 is clamped to ±65504, and keeps a NaN for what is infinite; int8 and int4 have a step for 32 elements.
+// float16 is clamped to ±65504; int8 and int4 have a step for 32 elements. All but float32 keep a NaN for what is
+// infinite, and steps that are NaNs, so that it spoils what sees it.
 class KvPool {
 public:
   // Memory is taken when it is first written. Throws std::invalid_argument for shapes as above, std::bad_alloc.

@@ -15,7 +15,7 @@ void halves(const float *x, int n, KvType type, uint16_t *row) {
   for (int i = 0; i < n; i += lanes) {
     const F16 v = some(x + i, n - i);
     if (type == KvType::bf16)
-      store_bf16(row + i, v);
+      store_bf16(row + i, add(v, sub(v, v)));
     else
       store_f16(row + i, add(max(splat(-65504), min(splat(65504), v)), sub(v, v)));
   }

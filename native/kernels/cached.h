@@ -16,11 +16,11 @@ namespace penjing {
 
 enum class KvType { f32, f16, bf16, int8, int4 };
 
-constexpr int kv_tokens = 32;    // positions of a block
-constexpr int kv_group = 32;     // elements of a key or value that share a step
-constexpr int max_kv_dim = 576;  // of keys and of values
-constexpr int span_tokens = 128; // positions between two corrections of the softmax, at multiples of themselves
-constexpr int rows_at_once = 64; // queries times heads of a group that are computed together
+constexpr int kv_tokens = 32;     // positions of a block
+constexpr int kv_group = 32;      // elements of a key or value that share a step
+constexpr int max_kv_dim = 576;   // of keys and of values
+constexpr int span_tokens = 128;  // positions between two corrections of the softmax, at multiples of themselves
+constexpr int rows_at_once = 128; // queries times heads of a group that are computed together
 
 // The part of a block that belongs to one head: see above. Offsets are in bytes.
 struct KvHead {

@@ -97,33 +97,29 @@ void prepare(const Rows &s) {
   }
 }
 
-// weights[row][position] = query · key, for a block.
+// The sums of `score` and `mix` stay in registers only if every loop over them is unrolled; else GCC stores them all.
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < count; ++i)
+
+// weights[row][position] = query · key, for `abreast` panels.
 template <int rows>
 void score(const float *queries, const float *keys, int d, int key_rows, float *weights) {
-  for (int first = 0; first < panels; first += abreast) {
-    const float *panel = keys + first * key_rows * lanes;
-    F16 s[rows][abreast];
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < abreast; ++i)
-        s[r][i] = zero();
-    for (int c = 0; c < d; ++c) {
-      F16 key[abreast];
-      for (int i = 0; i < abreast; ++i)
-        key[i] = load(panel + (i * key_rows + c) * lanes);
-      for (int r = 0; r < rows; ++r) {
-        const F16 query = splat(queries[c * rows + r]);
-        for (int i = 0; i < abreast; ++i)
-          s[r][i] = fma(key[i], query, s[r][i]);
-      }
+  F16 s[rows][abreast];
+  EACH(r, rows) EACH(i, abreast) s[r][i] = zero();
+  for (int c = 0; c < d; ++c, queries += rows, keys += lanes) {
+    F16 key[abreast];
+    EACH(i, abreast) key[i] = load(keys + i * key_rows * lanes);
+    EACH(r, rows) {
+      const F16 query = splat(queries[r]);
+      EACH(i, abreast) s[r][i] = fma(key[i], query, s[r][i]);
     }
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < abreast; ++i)
-        store(weights + r * span_tokens + (first + i) * lanes, s[r][i]);
   }
+  EACH(r, rows) EACH(i, abreast) store(weights + r * span_tokens + i * lanes, s[r][i]);
 }
 
 // Lanes of a panel that a row sees.
 PENJING_INLINE uint32_t lanes_of(Range seen, int panel) {
+  if (seen.from <= panel * lanes && (panel + 1) * lanes <= seen.to)
+    return 0xffff;
   const int low = within(seen.from - panel * lanes, 0, lanes), high = within(seen.to - panel * lanes, 0, lanes);
   return low < high ? (0xffffu >> (lanes - high)) & ~((1u << low) - 1) : 0;
 }
@@ -191,22 +187,16 @@ void soften(const Rows &s, int64_t span, Range all) {
 template <int rows, int count>
 PENJING_INLINE void mix(const float *weights, const float *values, Range some, int stride, float *mixed) {
   F16 s[rows][count];
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < count; ++i)
-      s[r][i] = load(mixed + r * stride + i * lanes);
+  EACH(r, rows) EACH(i, count) s[r][i] = load(mixed + r * stride + i * lanes);
   for (int position = some.from; position < some.to; ++position) {
     F16 v[count];
-    for (int i = 0; i < count; ++i)
-      v[i] = load(values + position * stride + i * lanes);
-    for (int r = 0; r < rows; ++r) {
+    EACH(i, count) v[i] = load(values + position * stride + i * lanes);
+    EACH(r, rows) {
       const F16 weight = splat(weights[r * span_tokens + position]);
-      for (int i = 0; i < count; ++i)
-        s[r][i] = fma(v[i], weight, s[r][i]);
+      EACH(i, count) s[r][i] = fma(v[i], weight, s[r][i]);
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < count; ++i)
-      store(mixed + r * stride + i * lanes, s[r][i]);
+  EACH(r, rows) EACH(i, count) store(mixed + r * stride + i * lanes, s[r][i]);
 }
 
 template <int rows, int count = accumulators / rows>
@@ -233,8 +223,8 @@ bool finite(const float *values, int64_t n) {
 void mix_block(const Rows &s, int64_t block, int offset) {
   const int stride = s.a.head.value_stride;
   const Range some = s.seeing(block);
-  const Range last = s.seen(some.to - 1, block, kv_tokens);
-  const float *values = float_values(s.a.head, s.part(block), last.to, s.tile);
+  const Range all = {s.seen(some.from, block, kv_tokens).from, s.seen(some.to - 1, block, kv_tokens).to};
+  const float *values = float_values(s.a.head, s.part(block), all.to, s.tile);
   int known = -1; // are all values finite?
   each_group(s.count, some, [&](int row, auto size) {
     const float *weights = s.weights + row * span_tokens + offset;
@@ -242,12 +232,20 @@ void mix_block(const Rows &s, int64_t block, int offset) {
     const Range first = s.seen(row, block, kv_tokens), last = s.seen(row + size.value - 1, block, kv_tokens);
     const Range both = {first.from, last.to};
     if (!(first == last) && known < 0)
-      known = finite(values + both.from * stride, (both.to - both.from) * stride);
+      known = finite(values + all.from * stride, (all.to - all.from) * stride);
     if (first == last || known)
       return mix_all<size.value>(weights, values, both, stride, mixed);
     for (int r = 0; r < size.value; ++r)
       mix_all<1>(weights + r * span_tokens, values, s.seen(row + r, block, kv_tokens), stride, mixed + r * stride);
   });
+}
+
+// Memory is slower than a block takes when it has few rows, and blocks are too short for the processor to foresee
+// them: values are asked for while their keys are scored, keys while the span before is mixed.
+PENJING_INLINE void prefetch(const uint8_t *from, int64_t bytes) {
+  constexpr int64_t line = 64;
+  for (int64_t i = 0; i < bytes; i += line)
+    __builtin_prefetch(from + i);
 }
 
 void score_block(const Rows &s, int64_t block, int offset) {
@@ -256,7 +254,9 @@ void score_block(const Rows &s, int64_t block, int offset) {
   const int wanted = (s.seen(some.to - 1, block, kv_tokens).to + lanes - 1) / lanes;
   const float *keys = float_keys(h, s.part(block), wanted, s.tile);
   each_group(s.count, some, [&](int row, auto size) {
-    score<size.value>(s.queries + row * h.key_dim, keys, h.key_dim, h.key_rows, s.weights + row * span_tokens + offset);
+    for (int panel = 0; panel < wanted; panel += abreast)
+      score<size.value>(s.queries + row * h.key_dim, keys + panel * h.key_rows * lanes, h.key_dim, h.key_rows,
+                        s.weights + row * span_tokens + offset + panel * lanes);
   });
 }
 
@@ -292,11 +292,16 @@ void attend_cached(const CachedAttention &a, int64_t row_begin, int64_t row_end,
   const int64_t begin = a.window ? greater(0, s.position(0) - a.window + 1) / kv_tokens * kv_tokens : 0;
   for (int64_t span = begin / span_tokens * span_tokens; span < end; span += span_tokens) {
     const Range all = {within(begin - span, 0, span_tokens), within(end - span, 0, span_tokens)};
-    for (int at = all.from; at < all.to; at += kv_tokens)
+    for (int at = all.from; at < all.to; at += kv_tokens) {
+      prefetch(s.part(span + at) + a.head.values, a.head.bytes - a.head.values);
       score_block(s, span + at, at);
+    }
     soften(s, span, all);
-    for (int at = all.from; at < all.to; at += kv_tokens)
+    for (int at = all.from; at < all.to; at += kv_tokens) {
+      if (const int64_t next = span + at + span_tokens; next < end)
+        prefetch(s.part(next), a.head.values);
       mix_block(s, span + at, at);
+    }
   }
   finish(s);
 }

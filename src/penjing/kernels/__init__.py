@@ -6,7 +6,8 @@ set, and `reference` has each computation in plain numpy. Wrong shapes and types
 
 from __future__ import annotations
 
-from .._native import IntegerConv, IntegerLinear, isa, set_threads, threads
+from .._native import IntegerConv, IntegerLinear, KvPool, isa, set_threads, threads
+from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .decoder import attention, gated
 from .matrix import Matrix, matrix_from
 from .stream import (
@@ -22,12 +23,17 @@ from .stream import (
 )
 
 __all__ = [
+    "KV_TOKENS",
+    "KV_TYPES",
+    "MAX_KV_DIM",
     "IntegerConv",
     "IntegerLinear",
+    "KvPool",
     "Matrix",
     "attention",
     "bitmask_decode",
     "bitmask_encode",
+    "causal_attention",
     "gated",
     "has_nonfinite",
     "isa",

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -241,6 +242,51 @@ def attention(queries: Floats, keys: Floats, values: Floats, *, window: int | No
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     mixed = weights @ v / weights.sum(axis=-1, keepdims=True)
     return np.ascontiguousarray(mixed.swapaxes(0, 1)).astype(np.float32)
+
+
+def kept(x: Floats, kv_type: str) -> Floats:
+    """What a cache of that type gives back for keys or values (…, elements)."""
+    if kv_type == "float32":
+        return x
+    x = np.where(np.isfinite(x), x, np.float32(np.nan))
+    if kv_type == "float16":
+        return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
+    if kv_type == "bfloat16":
+        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    d = x.shape[-1]
+    groups = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -d % 32)]).reshape(*x.shape[:-1], -1, 32)
+    high, low = groups.max(axis=-1, keepdims=True), groups.min(axis=-1, keepdims=True)
+    far = np.where(high > -low, high, low)
+    step = np.abs(far) / np.float32(127) if kv_type == "int8" else far / np.float32(-8)
+    step = step.astype(ml_dtypes.bfloat16).astype(np.float32)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=~(np.abs(step) < 1e-37))
+    codes = np.clip(np.rint(groups * inverse), *((-127, 127) if kv_type == "int8" else (-8, 7)))
+    return np.ascontiguousarray((codes * step).reshape(*x.shape[:-1], -1)[..., :d])
+
+
+def causal_attention(
+    queries: Floats,
+    keys: Floats,
+    values: Floats,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Floats | None = None,
+) -> Floats:
+    """See `penjing.kernels.causal_attention`; in float64. With fewer queries than keys they are the last ones."""
+    heads, group, length = queries.shape[1], queries.shape[1] // keys.shape[1], len(keys)
+    q, k, v = (each.astype(np.float64).swapaxes(0, 1) for each in (queries, keys, values))
+    scores = q @ np.repeat(k, group, axis=0).swapaxes(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    query, key = np.arange(length - len(queries), length)[:, None], np.arange(length)
+    scores = np.where((key > query) | (key <= query - (window or length)), -np.inf, scores)
+    sink = np.full(heads, -np.inf) if sinks is None else sinks.astype(np.float64)
+    highest = np.maximum(scores.max(axis=-1), sink[:, None])[..., None]
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - highest)
+    return np.ascontiguousarray((weights / total @ np.repeat(v, group, axis=0)).swapaxes(0, 1)).astype(np.float32)
 
 
 def gated(gate: Floats, up: Floats) -> Floats:

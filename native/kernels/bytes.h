@@ -81,23 +81,6 @@ PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
 }
 PENJING_INLINE B64 as_bytes(I16 v) { return {v.a, v.b}; }
 
-#if defined(__AVXVNNI__)
-
-template <bool wide>
-using Quad = __m256i;
-template <bool wide>
-PENJING_INLINE Quad<wide> quad(const int8_t *p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
-}
-template <bool wide>
-PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
-  return {_mm256_dpbusd_avx_epi32(sum.a, w.a, x), _mm256_dpbusd_avx_epi32(sum.b, w.b, x)};
-}
-
-#else
-
 // maddubs sums two products in 16 bits, exact up to codes of 127; wide codes are multiplied as words, the even bytes
 // and the odd ones apart.
 template <bool wide>
@@ -131,8 +114,6 @@ template <bool wide>
 PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
   return {half_dot<wide>(sum.a, w.a, x), half_dot<wide>(sum.b, w.b, x)};
 }
-
-#endif
 
 #else
 

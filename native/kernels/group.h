@@ -54,6 +54,7 @@ struct GroupProduct {
   int64_t y_stride;
 };
 
+constexpr int64_t group_few = 16; // up to so many rows weights are unpacked in registers, for half as many at a time
 constexpr int64_t group_tile_panels = 4; // that are computed together when rows are many
 // Bytes that group_product needs for so many rows.
 constexpr int64_t group_scratch(int64_t rows) {

@@ -137,9 +137,10 @@ private:
   };
   Division division(int64_t m) const {
     const int64_t team = threads();
-    const int64_t block = m <= 8 ? std::max<int64_t>(1, panels() / (8 * team)) : group_tile_panels;
+    const bool few = m <= (w_.begin ? group_few / 2 : group_few);
+    const int64_t block = few ? std::max<int64_t>(1, panels() / (8 * team)) : group_tile_panels;
     const int64_t pieces = (panels() + block - 1) / block;
-    const int64_t row_pieces = m <= 8 ? 1 : std::clamp<int64_t>(4 * team / pieces, 1, (m + 47) / 48);
+    const int64_t row_pieces = few ? 1 : std::clamp<int64_t>(4 * team / pieces, 1, (m + 47) / 48);
     return {block, pieces, round_up((m + row_pieces - 1) / row_pieces, 12), row_pieces};
   }
 

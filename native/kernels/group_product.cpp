@@ -7,14 +7,12 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
-#elif defined(__AVXVNNI__)
-constexpr int tile_rows = 3, tile_panels = 2; // 12 registers of 16
 #elif defined(__AVX2__)
 constexpr int tile_rows = 2, tile_panels = 2;
 #else
 constexpr int tile_rows = 2, tile_panels = 1;
 #endif
-constexpr int few_rows = 8;              // weights are unpacked once for so many, into registers
+constexpr int few_rows = group_few / 2;  // weights are unpacked once for so many, into registers
 constexpr int64_t chunk = group_columns; // quads unpacked at once: with four panels 32 KiB, in the first-level cache
 
 // Bytes ahead that are asked for. The steps of a sparse stream vary, and the processor's own prefetch loses it: one
@@ -120,7 +118,7 @@ PENJING_INLINE F16 add_segment(F16 y, I16 sum, float step, F16 scale) {
 template <GroupCode code, int rows>
 void few(const GroupProduct &p, int64_t index, int64_t row) {
   using P = Panel<code>;
-  constexpr int chains = rows == 1 ? 4 : rows <= 3 ? 2 : 1; // independent sums hide the latency of a product
+  constexpr int chains = rows == 1 ? 4 : rows <= 5 ? 2 : 1; // independent sums hide the latency of a product
   constexpr int blocks = chains > P::quads ? chains / P::quads : 1;
   const GroupWeight &w = *p.weight;
   const int64_t segments = p.x.segments, stride = p.x.stride;
@@ -300,9 +298,14 @@ void many(const GroupProduct &p, int64_t index, int64_t row_begin, int64_t row_e
 
 template <GroupCode code>
 void product(const GroupProduct &p, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end, uint8_t *scratch) {
-  if (row_end - row <= few_rows) {
-    for (; panel < panel_end; ++panel)
-      few_of<code>(p, panel, row, row_end - row);
+  if (const int64_t rows = row_end - row; rows <= (Panel<code>::sparse ? few_rows : group_few)) {
+    // Halves: the second finds the panel in the cache. To expand a sparse one twice costs more than a tile.
+    const int64_t first = rows <= few_rows ? rows : (rows + 1) / 2;
+    for (; panel < panel_end; ++panel) {
+      few_of<code>(p, panel, row, first);
+      if (rows > first)
+        few_of<code>(p, panel, row + first, rows - first);
+    }
     return;
   }
   for (; panel + tile_panels <= panel_end; panel += tile_panels)

@@ -32,19 +32,20 @@ const float *Rows::padded(int64_t group, int64_t padded) const {
 
 CodedRows Rows::codes(const Segments &segments, float span) const {
   const int64_t count = columns_ / segments.group * segments.parts, stride = count * segments.length;
-  const auto view = [&](const Coded &c) {
-    return CodedRows{c.codes.data(), stride, c.step.data(), c.minus_sum.data(), count};
+  const auto view = [&](Coded &c) {
+    return CodedRows{reinterpret_cast<int8_t *>(c.all.data() + 2 * m_ * count), stride,
+                     reinterpret_cast<float *>(c.all.data()), c.all.data() + m_ * count, count};
   };
-  for (const Coded &have : coded_)
+  for (Coded &have : coded_)
     if (have.segments == segments && have.span == span)
       return view(have);
-  coded_.push_back(
-      {segments, span, Buffer<int8_t>(m_ * stride), Buffer<float>(m_ * count), Buffer<int32_t>(m_ * count)});
-  Coded &made = coded_.back();
+  coded_.push_back({segments, span, Buffer<int32_t>(m_ * (2 * count + stride / 4))});
+  int32_t *all = coded_.back().all.data();
   const float least = span > 127 ? -128 : -127;
   const auto encode = [&](int64_t row) {
-    kernels().encode_segments(x_ + row * columns_, columns_, segments, span, least, made.codes.data() + row * stride,
-                              made.step.data() + row * count, made.minus_sum.data() + row * count);
+    auto *codes = reinterpret_cast<int8_t *>(all + 2 * m_ * count);
+    kernels().encode_segments(x_ + row * columns_, columns_, segments, span, least, codes + row * stride,
+                              reinterpret_cast<float *>(all) + row * count, all + (m_ + row) * count);
   };
   constexpr int64_t worth_sharing = 1 << 16; // floats
   constexpr int64_t together = 8;            // rows
@@ -56,7 +57,7 @@ CodedRows Rows::codes(const Segments &segments, float span) const {
   else
     for (int64_t row = 0; row < m_; ++row)
       encode(row);
-  return view(made);
+  return view(coded_.back());
 }
 
 void Matrix::multiply(const Rows &x, const float *bias, float *y, int64_t y_stride) const {

@@ -38,9 +38,7 @@ private:
   struct Coded {
     Segments segments;
     float span;
-    Buffer<int8_t> codes;
-    Buffer<float> step;
-    Buffer<int32_t> minus_sum;
+    Buffer<int32_t> all; // steps, sums, codes: one allocation, which costs as much as coding a row
   };
   mutable std::list<Padded> padded_;
   mutable std::list<Coded> coded_;

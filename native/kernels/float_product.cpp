@@ -6,7 +6,7 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int tile_rows = 12, tile_panels = 2; // 24 sums, in 32 registers
-constexpr int few_rows = 4;                    // up to so many, weights are decoded anew for each use
+constexpr int few_rows = 8;                    // up to so many, weights are decoded in registers, once for all
 #elif defined(__AVX2__)
 constexpr int tile_rows = 3, tile_panels = 2; // 12 registers of 16
 constexpr int few_rows = 2;
@@ -30,24 +30,30 @@ void few(const FloatProduct &p, int64_t panel, int64_t row) {
   const FloatWeight &w = *p.weight;
   const float *x = p.x + row * w.columns;
   Decoder decoder(w, panel);
-  F16 sum[rows];
-  for (F16 &s : sum)
-    s = zero();
+  F16 sum[rows]; // in registers only if every loop over it is unrolled, as in group_product.cpp
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+    sum[r] = zero();
   const int64_t group = w.columns / w.groups;
   for (int64_t g = 0; g < w.groups; ++g) {
     F16 part[rows][chains];
-    for (auto &row_parts : part)
-      for (F16 &s : row_parts)
-        s = zero();
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < chains; ++c)
+        part[r][c] = zero();
     decoder.start_group(g);
     for (int64_t k = 0; k < group; k += 16, x += 16)
       decoder.block([&](auto column, F16 value) __attribute__((always_inline)) {
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
           F16 &s = part[r][column.value % chains];
           s = fma(value, splat(x[r * w.columns + column.value]), s);
         }
       });
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
       for (int c = 1; c < chains; ++c)
         part[r][0] = add(part[r][0], part[r][c]);
       sum[r] = decoder.scaled() ? fma(part[r][0], decoder.scale, sum[r]) : add(sum[r], part[r][0]);
@@ -55,6 +61,7 @@ void few(const FloatProduct &p, int64_t panel, int64_t row) {
   }
   const int n = lanes_of(w, panel);
   const F16 bias = p.bias ? load(p.bias + panel * lanes, n) : zero();
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
     write(p.y + (row + r) * p.y_stride + panel * lanes, add(sum[r], bias), n);
 }

@@ -15,7 +15,7 @@ import pytest
 from penjing import models
 from penjing.checkpoint import open_checkpoint
 from penjing.compress import compress
-from penjing.models import Chunk
+from stepping import all_logits, greedy
 
 NOVELIST = Path(__file__).parents[1] / "examples" / "novelist"
 PROMPT = "It was a dark night, and the old man"
@@ -46,21 +46,12 @@ def ids() -> list[int]:
 
 
 def our_logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    model = models.load(folder)
-    chunk = Chunk(np.array(tokens, np.int64), model.new_cache(len(tokens)))
-    return np.asarray(model.forward([chunk], all_positions=True)[0])
+    return all_logits(models.load(folder, activations="float"), tokens)
 
 
 def our_text(folder: Path) -> list[int]:
     """Greedy tokens after the prompt, from the serving path's own model."""
-    model = models.load(folder)
-    cache = model.new_cache(128)
-    tokens = np.array(ids(), np.int64)
-    written: list[int] = []
-    for _ in range(NEW_TOKENS):
-        tokens = np.array([int(np.argmax(model.forward([Chunk(tokens, cache)])[0]))], np.int64)
-        written.append(int(tokens[0]))
-    return written
+    return greedy(models.load(folder), ids(), NEW_TOKENS)
 
 
 # torch 2.13 and transformers warn about each other's names while they load a compressed model.

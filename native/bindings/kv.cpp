@@ -1,4 +1,4 @@
-#include "decoder/kv.h"
+#include "bindings/kv.h"
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -15,14 +15,6 @@ namespace {
 
 // queries, keys, values, table, start: see Attending.
 using Chunk = std::tuple<In, MaybeIn, MaybeIn, In, int64_t>;
-
-KvType type_of(const std::string &name) {
-  constexpr const char *names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i])
-      return static_cast<KvType>(i);
-  throw nb::value_error(("kv_type: " + name + " is not known; give float32, float16, bfloat16, int8 or int4").c_str());
-}
 
 std::vector<KvLayer> layers_of(const std::vector<std::tuple<int, int, int>> &shapes) {
   std::vector<KvLayer> layers;
@@ -96,18 +88,26 @@ std::vector<nb::object> attend_chunks(KvPool &pool, int layer, const std::vector
 
 } // namespace
 
+KvType kv_type(const std::string &name) {
+  constexpr const char *names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i])
+      return static_cast<KvType>(i);
+  throw nb::value_error(("kv_type: " + name + " is not known; give float32, float16, bfloat16, int8 or int4").c_str());
+}
+
 void kv(nb::module_ &m) {
   nb::class_<KvPool>(m, "KvPool")
       .def(
           "__init__",
-          [](KvPool *self, const std::vector<std::tuple<int, int, int>> &layers, const std::string &kv_type,
-             int64_t blocks) { new (self) KvPool(layers_of(layers), type_of(kv_type), blocks); },
+          [](KvPool *self, const std::vector<std::tuple<int, int, int>> &layers, const std::string &type,
+             int64_t blocks) { new (self) KvPool(layers_of(layers), kv_type(type), blocks); },
           nb::arg("layers"), nb::arg("kv_type"), nb::arg("blocks"))
       .def_prop_ro("blocks", &KvPool::blocks)
       .def_static(
           "block_bytes",
-          [](const std::vector<std::tuple<int, int, int>> &layers, const std::string &kv_type) {
-            return KvPool::block_bytes(layers_of(layers), type_of(kv_type));
+          [](const std::vector<std::tuple<int, int, int>> &layers, const std::string &type) {
+            return KvPool::block_bytes(layers_of(layers), kv_type(type));
           },
           nb::arg("layers"), nb::arg("kv_type"))
       .def("attend", &attend_chunks, nb::arg("layer"), nb::arg("chunks"), nb::arg("window") = 0,

@@ -11,7 +11,10 @@ void matrix(nb::module_ &m);
 void integer(nb::module_ &m);
 void formats(nb::module_ &m);
 void decoder(nb::module_ &m);
+void elements(nb::module_ &m);
+void parts(nb::module_ &m);
 void kv(nb::module_ &m);
+void sample(nb::module_ &m);
 } // namespace penjing::bindings
 
 NB_MODULE(_native, m) {
@@ -24,5 +27,8 @@ NB_MODULE(_native, m) {
   penjing::bindings::integer(m);
   penjing::bindings::formats(m);
   penjing::bindings::decoder(m);
+  penjing::bindings::elements(m);
+  penjing::bindings::parts(m);
   penjing::bindings::kv(m);
+  penjing::bindings::sample(m);
 }

@@ -76,6 +76,13 @@ struct Attention {
   float scale; // of the scores
 };
 
+constexpr int64_t softmax_block = 64; // logits that are summed and searched together
+
+// A logit weighs e^((logit − greatest) · inverse), in float64; what would weigh less than `least` weighs nothing.
+struct Softmax {
+  double greatest, inverse /* of the temperature */, least;
+};
+
 enum class Float { f32, bf16, f16 };
 
 struct Kernels {
@@ -99,6 +106,12 @@ struct Kernels {
   void (*write_cached)(const KvHead &, uint8_t *part, int position, const float *key, const float *value);
   // out = gate · sigmoid(gate) · up.
   void (*gated)(const float *gate, const float *up, int64_t n, float *out);
+
+  // The greatest of each block of logits; false, and anything there, unless all are finite.
+  bool (*block_maxima)(const float *x, int64_t n, float *maxima);
+  // What each logit weighs, and what each block of them does.
+  void (*softmax_weights)(const float *x, int64_t n, const Softmax &, double *weights);
+  void (*softmax_sums)(const float *x, int64_t n, const Softmax &, double *sums);
 
   // Smallest and largest of n floats and 0.
   void (*range)(const float *x, int64_t n, float *low, float *high);

@@ -79,7 +79,63 @@ class KvPool:
         sinks: Floats | None = None,
     ) -> list[Floats]: ...
 
+class Decoder:
+    state_bytes: int
+    def __init__(
+        self, config: Any, embedding: Matrix | None = None, head: Any = None, final_norm: Any = None
+    ) -> None: ...
+    def set_per_layer(self, per_layer: Any, layers: int, table: Matrix, projection: Any, norm: Any) -> None: ...
+    def add_block(
+        self, block: Any, linears: dict[str, Any], norms: dict[str, Any], vectors: dict[str, Any], shared: int = -1
+    ) -> None: ...
+    def block_bytes(self, kv_type: str) -> int: ...
+    def activation_bytes(self, rows: int) -> int: ...
+    def reserve(self, blocks: int, kv_type: str, slots: int = 0) -> None: ...
+    def borrow(self, other: Decoder) -> None: ...
+    def step(self, chunks: Sequence[Any]) -> list[tuple[list[int], list[Any], list[Any], str | None]]: ...
+    def logits(self, chunks: Sequence[Any]) -> Floats: ...
+    def run(self, chunks: Sequence[Any], x: Floats, extra: Floats | None = None) -> None: ...
+
+def norm(x: Floats, weight: Floats | None, bias: Floats | None, eps: float, kind: str) -> Floats: ...
+def rotate(x: Floats, cosine: Floats, sine: Floats, interleaved: bool) -> Floats: ...
+def activate(kind: str, gate: Floats, up: Floats | None, limit: float, alpha: float) -> Floats: ...
+def route(
+    logits: Floats, experts: Any, correction: Floats | None = None, expert_scale: Floats | None = None
+) -> tuple[NDArray[np.int32], Floats]: ...
+def delta(state: Floats, query: Floats, key: Floats, value: Floats, decay: float, beta: float) -> Floats: ...
 def gated(gate: Floats, up: Floats) -> Floats: ...
+
+class Sampler:
+    """Chooses the tokens of one sequence; native/decoder/sample.h has the rules."""
+
+    vocabulary: int
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        end_tokens: Sequence[int],
+        vocabulary: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Sequence[tuple[int, float]] = (),
+        seed: int = 0,
+        choice: int = 0,
+        min_tokens: int = 0,
+    ) -> None: ...
+    def allow(self, masks: NDArray[np.uint32] | NDArray[np.int32]) -> None:
+        """What may come next: bit i % 32 of word i / 32 for token i. (words,), or (tokens, words) for the next ones."""
+
+    def next(
+        self, logits: Floats, alternatives: int | None = None
+    ) -> tuple[int, tuple[float, list[tuple[int, float]]] | None]:
+        """The token, and, if wanted, its log-probability and those of the likeliest. Changes the logits."""
+
+def log_probabilities(logits: Floats, token: int, alternatives: int) -> tuple[float, list[tuple[int, float]]]: ...
 def quantize(
     weight: Bits,
     bfloat16: bool,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penjing import models
+from penjing import kernels, models
 from penjing.engine.bench import bench, bytes_read_per_token
 from penjing.errors import BadInput
 
@@ -26,7 +26,7 @@ def test_json() -> None:
     assert min(found["prefill_tokens_per_second"], *decode.values(), found["load_seconds"]) > 0
     model = models.load(NOVELIST)
     assert found["weights_bytes"] == model.weights_bytes
-    read = model.weights_bytes + (16 + 4) * model.kv_bytes_per_token  # the head is the embedding
+    read = model.weights_bytes + (16 + 4) * model.block_bytes("float16") / 32  # the head is the embedding
     expected = read * decode["1"] / (found["bandwidth_gbps"] * 1e9)
     assert found["bandwidth_fraction"] == pytest.approx(expected, abs=2e-4)
     assert found["peak_rss_bytes"] > found["weights_bytes"]
@@ -34,9 +34,10 @@ def test_json() -> None:
 
 def test_an_embedding_of_its_own_is_not_read() -> None:
     model = models.load(NOVELIST)
-    tied = bytes_read_per_token(model, 10)
-    object.__setattr__(model.config, "tied_embeddings", False)
-    assert bytes_read_per_token(model, 10) == tied - model.embedding.nbytes
+    tied = bytes_read_per_token(model, "float16", 10)
+    model.head = kernels.matrix_from(model.embedding.decode())
+    head = model.head.nbytes
+    assert bytes_read_per_token(model, "float16", 10) == tied + head - model.embedding.nbytes
 
 
 def test_refusals() -> None:

@@ -12,7 +12,7 @@ from penjing import models
 from penjing.engine import budget
 from penjing.engine.messages import Load
 from penjing.engine.process import load
-from penjing.errors import BadInput, OutOfBudget
+from penjing.errors import BadInput, OutOfBudget, Unsupported
 
 NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
 MIB = 1 << 20
@@ -24,25 +24,34 @@ def config() -> models.ModelConfig:
     return models.read_config(models._open(NOVELIST))
 
 
+SIZES = budget.Sizes(weights=WEIGHTS, block=MIB, state=0, step=10 * MIB)
+REST = budget.PROCESSES_BYTES + WEIGHTS + 10 * MIB
+
+
 def test_caches_get_what_is_left_and_no_more_than_they_can_use(config) -> None:
-    limits, ledger = budget.limits(Load(folder="", max_num_seqs=4), config, WEIGHTS, 400 * MIB)
-    assert limits.max_model_len == 1024
-    assert limits.kv_bytes == 4 * 1024 * config.kv_bytes_per_token
-    limits, ledger = budget.limits(Load(folder="", max_num_seqs=64), config, WEIGHTS, 280 * MIB)
-    assert 0 < limits.kv_bytes <= ledger.left
-    total = limits.kv_bytes + ledger.weights + ledger.activations + budget.PROCESSES_BYTES
-    assert 280 * MIB - config.kv_bytes_per_token < total <= 280 * MIB
+    limits, ledger = budget.limits(Load(folder="", max_num_seqs=4), config, SIZES, 400 * MIB)
+    assert (limits.max_model_len, limits.blocks) == (1024, 4 * 32)
+    limits, ledger = budget.limits(Load(folder="", max_num_seqs=64), config, SIZES, REST + 90 * MIB)
+    assert limits.blocks == 90
+    assert ledger.left == 90 * MIB
 
 
 def test_a_shorter_window_if_the_whole_one_does_not_fit(config) -> None:
-    step = budget.activation_bytes(config, 512, 64, 64)
-    tight = WEIGHTS + step + budget.PROCESSES_BYTES + 100 * config.kv_bytes_per_token
-    limits, _ = budget.limits(Load(folder=""), config, WEIGHTS, tight)
-    assert limits.max_model_len == 100
-    with pytest.raises(OutOfBudget, match="one sequence of 1024 tokens needs 6 MiB"):
-        budget.limits(Load(folder="", max_model_len=1024), config, WEIGHTS, tight)
+    tight = REST + 3 * MIB + 5
+    limits, _ = budget.limits(Load(folder=""), config, SIZES, tight)
+    assert (limits.max_model_len, limits.blocks) == (96, 3)
+    with pytest.raises(OutOfBudget, match="one sequence of 1024 tokens needs 32 MiB"):
+        budget.limits(Load(folder="", max_model_len=1024), config, SIZES, tight)
     with pytest.raises(OutOfBudget, match="0 MiB are left for caches"):
-        budget.limits(Load(folder=""), config, WEIGHTS, 100 * MIB)
+        budget.limits(Load(folder=""), config, SIZES, 100 * MIB)
+
+
+def test_recurrent_state_is_counted_and_keeps_prefixes_apart(config) -> None:
+    sizes = budget.Sizes(weights=WEIGHTS, block=MIB, state=2 * MIB, step=10 * MIB)
+    limits, _ = budget.limits(Load(folder="", max_num_seqs=4), config, sizes, REST + 50 * MIB)
+    assert (limits.blocks, limits.prefix_caching) == (42, False)
+    with pytest.raises(Unsupported, match="recurrent state"):
+        budget.limits(Load(folder="", max_num_seqs=4, enable_prefix_caching=True), config, sizes, REST + 50 * MIB)
 
 
 def test_refusals_before_anything_is_loaded(config) -> None:
@@ -72,8 +81,8 @@ for index in range(4):
 while engine.has_work:
     engine.step()
 peak = hardware.peak_memory_bytes()
-step = budget.activation_bytes(engine.model.config, 512, 4, 64)
-print(peak, ready.weights_bytes + ready.kv_bytes + step + budget.PROCESSES_BYTES)
+step = engine.model.activation_bytes(512)
+print(peak, ready.weights_bytes + ready.blocks * ready.block_bytes + step + budget.PROCESSES_BYTES)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, counted = map(int, answer.stdout.split())

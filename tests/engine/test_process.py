@@ -7,13 +7,13 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
 from penjing import models
 from penjing.engine.client import EngineFailed, EngineProcess, Generation
 from penjing.engine.messages import Event, Load, Request, SamplingParams
+from stepping import greedy
 
 NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
 PROMPT = [901, 316, 260, 1471]
@@ -42,12 +42,7 @@ async def collect(generation: Generation) -> list[Event]:
 
 
 def test_the_same_tokens_as_the_model() -> None:
-    model = models.load(NOVELIST)
-    cache = model.new_cache(40)
-    logits, expected = model.forward([models.Chunk(np.array(PROMPT), cache)]), []
-    for _ in range(20):
-        expected.append(int(logits[0].argmax()))
-        logits = model.forward([models.Chunk(np.array(expected[-1:]), cache)])
+    expected = greedy(models.load(NOVELIST), PROMPT, 20, "float16")
 
     async def test(engine: EngineProcess) -> list[Event]:
         with Generation(engine, [request("a", 20)]) as generation:
@@ -63,8 +58,8 @@ def test_leaving_aborts_and_frees() -> None:
     async def test(engine: EngineProcess) -> None:
         with Generation(engine, [request("a", 900), request("b", 900)]) as generation:
             await generation.next()
-            assert engine.stats.kv_bytes_used > 0
-        while engine.stats.kv_bytes_used:
+            assert engine.stats.blocks_used > 0
+        while engine.stats.blocks_used:
             await asyncio.sleep(0.01)
         assert (engine.stats.running, engine.stats.waiting) == (0, 0)
 

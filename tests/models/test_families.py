@@ -16,10 +16,9 @@ from penjing.errors import BadCheckpoint, BadInput, Unsupported
 from penjing.models.config import KvLayer
 from penjing.models.reference import Reference
 from penjing.models.weights import check_tensors
+from stepping import all_logits, chunk, table
 
 # What the kernels compute; the reference computes all.
-NATIVE = [name for name, (family, changes) in VARIANTS.items() if family in ("llama", "mistral", "qwen2", "qwen3")]
-NATIVE.remove("llama-gelu")
 RNG = np.random.default_rng(7)
 
 
@@ -34,13 +33,13 @@ def expected(model: Any, ids: np.ndarray) -> np.ndarray:
         return model(torch.tensor(ids[None])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("variant", NATIVE)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(variant: str, tiny: Any) -> None:
     family, changes = VARIANTS[variant]
     oracle, folder = tiny(family, **changes)
-    model = models.load(folder)
+    model = models.load(folder, length=64)
     ids = tokens(41)
-    logits = model.forward([models.Chunk(ids, model.new_cache(64))], all_positions=True)[0]
+    logits = all_logits(model, ids)
     np.testing.assert_allclose(logits, expected(oracle, ids), atol=2e-4, rtol=1e-4)
 
 
@@ -59,36 +58,49 @@ def test_the_reference_equals_transformers(variant: str, tiny: Any) -> None:
     assert config.parameters == sum(info.size for info in checkpoint.infos.values())
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3"])
+MIXED = ["llama", "mistral-window", "qwen3", "gemma3", "mixtral", "gpt_oss", "qwen3_next", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("variant", MIXED)
 def test_a_batch_of_prefills_and_decodes_is_the_same_as_each_alone(variant: str, tiny: Any) -> None:
     family, changes = VARIANTS[variant]
     oracle, folder = tiny(family, **changes)
     model = models.load(folder)
-    texts = [tokens(30), tokens(17), tokens(9)]
-    caches = [model.new_cache(40) for _ in texts]
-    done = [0, 0, 0]
+    model.reserve(6, "float32", 3)
+    texts, done = [tokens(30), tokens(17), tokens(9)], [0, 0, 0]
     # Each round gives every sequence a chunk of another size; some are prefilled while others decode.
     for sizes in ([11, 1, 3], [1, 15, 4], [17, 1, 1], [1, 0, 1]):
         chosen = [index for index, size in enumerate(sizes) if size]
-        chunks = [models.Chunk(texts[i][done[i] : done[i] + sizes[i]], caches[i]) for i in chosen]
-        logits = model.forward(chunks)
-        for row, index in enumerate(chosen):
+        chunks = [chunk(texts[i][done[i] : done[i] + sizes[i]], done[i], 2 * i, slot=i) for i in chosen]
+        for rows, index in zip(model.logits(chunks), chosen, strict=True):
             done[index] += sizes[index]
             right = expected(oracle, texts[index][: done[index]])[-1]
-            np.testing.assert_allclose(logits[row], right, atol=2e-4, rtol=1e-4)
+            np.testing.assert_allclose(rows[-1], right, atol=2e-4, rtol=1e-4)
     assert done == [30, 17, 9]
 
 
-def test_truncating_a_cache_forgets_exactly_what_follows(tiny: Any) -> None:
+def test_what_is_written_again_counts(tiny: Any) -> None:
     oracle, folder = tiny("llama")
     model = models.load(folder)
+    model.reserve(1, "float32")
     first, wrong, right = tokens(8), tokens(6), tokens(5)
-    cache = model.new_cache(32)
-    model.forward([models.Chunk(np.concatenate([first, wrong]), cache)])
-    cache.truncate(8)
-    logits = model.forward([models.Chunk(right, cache)])[0]
+    model.logits([chunk(np.concatenate([first, wrong]))])
+    logits = model.logits([chunk(right, 8)])[0][-1]
     np.testing.assert_allclose(logits, expected(oracle, np.concatenate([first, right]))[-1], atol=2e-4)
-    assert cache.length == 13
+
+
+def test_chunks_that_cannot_be_are_refused(tiny: Any) -> None:
+    _, folder = tiny("llama")
+    model = models.load(folder)
+    model.reserve(2, "float32")
+    for wrong, message in [
+        (chunk([97]), "token 97 is outside the vocabulary of 97"),
+        (models.Chunk(np.arange(40, dtype=np.int32), 0, table(32)), "table"),
+        (models.Chunk(np.arange(4, dtype=np.int32), 0, np.array([2], np.int32)), "block"),
+        (chunk([1], 10_000), "position"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            model.step([wrong])
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2-window"])
@@ -111,7 +123,7 @@ def test_long_prefill_passes_several_rows_of_queries(tiny: Any) -> None:
     oracle, folder = tiny("mistral", sliding_window=70, max_position_embeddings=512)
     model = models.load(folder)
     ids = tokens(300)
-    logits = model.forward([models.Chunk(ids, model.new_cache(300))], all_positions=True)[0]
+    logits = all_logits(model, ids)
     np.testing.assert_allclose(logits, expected(oracle, ids), atol=3e-4, rtol=1e-4)
 
 
@@ -121,8 +133,8 @@ def test_numbers_of_a_model(tiny: Any) -> None:
     config = model.config
     assert (config.family, config.layers, config.kv_layers) == ("llama", 3, (KvLayer(2, 6, 6),) * 3)
     assert (config.bos_token_id, config.eos_token_ids) == (2, (3, 5))
-    assert model.kv_bytes_per_token == 2 * 3 * 2 * 6 * 4
-    assert model.new_cache(10).nbytes == 10 * model.kv_bytes_per_token
+    numbers = 32 * 2 * 3 * 2 * 6 * 4
+    assert numbers <= model.block_bytes("float32") <= 2 * numbers  # a layer of a block is padded to whole vectors
     block = 24 * 24 * 2 + 12 * 24 * 2 + 3 * 44 * 24
     # resident, so with the padding of the kernels' panels (sixteen rows by sixteen columns)
     least = 4 * (97 * 24 + 3 * block)
@@ -187,22 +199,3 @@ def test_bad_configurations_are_refused_by_name(changes: Any, message: str, tiny
     with pytest.raises((BadCheckpoint, Unsupported), match=message) as caught:
         models.load(edit(folder, **changes))
     assert "\n" not in str(caught.value)
-
-
-def test_bad_calls(tiny: Any) -> None:
-    _, folder = tiny("llama")
-    model = models.load(folder)
-    cache = model.new_cache(4)
-    with pytest.raises(BadInput, match="room for 4"):
-        model.forward([models.Chunk(tokens(5), cache)])
-    with pytest.raises(BadInput, match="outside the vocabulary of 97"):
-        model.forward([models.Chunk(np.array([97]), cache)])
-    with pytest.raises(BadInput, match="one or more"):
-        model.forward([models.Chunk(tokens(0), cache)])
-    with pytest.raises(BadInput, match="at least one chunk"):
-        model.forward([])
-    with pytest.raises(BadInput, match="capacity=65"):
-        model.new_cache(65)
-    with pytest.raises(BadInput, match=r"truncate\(1\)"):
-        cache.truncate(1)
-    assert cache.length == 0

@@ -15,6 +15,7 @@ import pytest
 from penjing import models
 from penjing.evaluate import evaluate
 from penjing.models.tokenizer import Tokenizer
+from stepping import all_logits, greedy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from convert_llama2c import BOS, Story, convert, read_model, read_tokenizer
@@ -74,8 +75,7 @@ def losses(story: Story, tokens: list[int]) -> np.ndarray:
 
 
 def nll(model: models.Model, tokens: list[int]) -> np.ndarray:
-    chunk = models.Chunk(np.array(tokens), model.new_cache(len(tokens)))
-    logits = model.forward([chunk], all_positions=True)[0].astype(np.float64)
+    logits = all_logits(model, tokens).astype(np.float64)
     return np.log(np.exp(logits[:-1]).sum(axis=1)) - logits[np.arange(len(tokens) - 1), tokens[1:]]
 
 
@@ -88,11 +88,8 @@ def test_tokens_are_those_of_llama2c(text: str, folder: Path) -> None:
 
 def test_the_greedy_story_is_told_word_for_word(folder: Path) -> None:
     model, tokenizer = models.load(folder), Tokenizer(folder)
-    cache, stream = model.new_cache(256), tokenizer.detokenizer([BOS])
-    token, told = BOS, ""
-    for _ in range(256):
-        token = int(model.forward([models.Chunk(np.array([token]), cache)])[0].argmax())
-        told += stream.push(token)
+    stream = tokenizer.detokenizer([BOS])
+    told = "".join(stream.push(token) for token in greedy(model, [BOS], 256))
     assert told + stream.flush() == STORY
 
 

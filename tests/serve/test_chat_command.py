@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import NOVELIST, command, environment
 
+from conftest import NOVELIST, command, environment
 from penjing.models.tokenizer import Tokenizer
 
 

@@ -7,11 +7,11 @@ import re
 
 import httpx
 import pytest
-from conftest import Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from conftest import Server
 from penjing.serve.openai import ChatRequest, CompletionRequest, TokenizeRequest
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")

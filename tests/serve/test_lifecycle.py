@@ -16,8 +16,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import NOVELIST, Server, running, wait_until
 
+from conftest import NOVELIST, Server, running, wait_until
 from penjing.cli import main
 
 ENDLESS = {"prompt": [5, 6, 7], "max_tokens": 1000, "ignore_eos": True, "temperature": 0}

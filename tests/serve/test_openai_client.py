@@ -9,10 +9,11 @@ import math
 import numpy as np
 import openai
 import pytest
-from conftest import LONG, NOVELIST, Server
 
+from conftest import LONG, NOVELIST, Server
 from penjing import models
 from penjing.models.tokenizer import Tokenizer
+from stepping import all_logits
 
 PROMPT = "It was a dark night, and the old man"
 GREEDY = {"model": "novelist", "temperature": 0}
@@ -32,7 +33,7 @@ def continued(model: models.Model, prompt: list[int], count: int) -> tuple[list[
     """Greedy, one forward over the whole text for each token: slow and plain."""
     tokens, rows = list(prompt), []
     for _ in range(count):
-        row = model.forward([models.Chunk(np.array(tokens), model.new_cache(len(tokens)))])[0]
+        row = all_logits(model, tokens)[-1]
         rows.append(row)
         tokens.append(int(row.argmax()))
     return tokens[len(prompt) :], rows
@@ -239,7 +240,7 @@ def test_echo_scores_the_prompt(client, tokenizer, model) -> None:
     assert choice.logprobs.token_logprobs[0] is None
     assert choice.logprobs.top_logprobs[0] is None
     prompt = tokenizer.encode(PROMPT)
-    rows = model.forward([models.Chunk(np.array(prompt), model.new_cache(len(prompt)))], all_positions=True)[0]
+    rows = all_logits(model, prompt)
     for row, token, found in zip(rows[:-1], prompt[1:], choice.logprobs.token_logprobs[1:], strict=True):
         exact = row[token] - np.logaddexp.reduce(row.astype(np.float64))
         assert found == pytest.approx(exact, abs=1e-3)
@@ -257,7 +258,7 @@ def test_echo_scores_the_prompt(client, tokenizer, model) -> None:
 def test_a_long_prompt_is_scored_across_its_chunks(client, tokenizer, model) -> None:
     prompt = tokenizer.encode(LONG)[:300]
     choice = client.completions.create(prompt=prompt, max_tokens=1, echo=True, logprobs=0, **GREEDY).choices[0]
-    rows = model.forward([models.Chunk(np.array(prompt), model.new_cache(300))], all_positions=True)[0]
+    rows = all_logits(model, prompt)
     exact = rows[:-1].astype(np.float64)
     exact = exact[np.arange(299), prompt[1:]] - np.logaddexp.reduce(exact, axis=1)
     np.testing.assert_allclose(choice.logprobs.token_logprobs[1:300], exact, atol=2e-3)

@@ -15,6 +15,7 @@ def bench(
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
     runs: int = typer.Option(5, min=1, help="Runs of each measurement; the median counts."),
     decode_tokens: int = typer.Option(64, min=2, help="Tokens that each stream writes."),
+    kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
     """Prefill and decode speed through the engine, and the share of the memory's bandwidth that decoding reaches.
@@ -27,7 +28,14 @@ def bench(
     from ._common import progress_bar
 
     with progress_bar("measuring") as progress:
-        result = measure(model, threads=threads, runs=runs, decode_tokens=decode_tokens, progress=progress)
+        result = measure(
+            model,
+            threads=threads,
+            runs=runs,
+            decode_tokens=decode_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            progress=progress,
+        )
     if json_output:
         print(json.dumps(result.to_dict()))
     else:

@@ -23,7 +23,17 @@ def serve(
     max_num_seqs: int = typer.Option(64, min=1, help="Sequences that compute at once."),
     max_num_batched_tokens: int = typer.Option(512, min=1, help="Tokens that are computed in one step."),
     max_num_queued_reqs: int = typer.Option(256, min=0, help="Sequences that may wait before 429; 0 for any number."),
-    kv_cache_dtype: str = typer.Option("auto", help="auto or float32."),
+    kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
+    enable_prefix_caching: bool | None = typer.Option(
+        None, "--enable-prefix-caching/--no-enable-prefix-caching", help="Share what prompts begin with; on by default."
+    ),
+    scheduling_policy: str = typer.Option(
+        "fcfs", help="fcfs, or priority: a request's priority counts, lower is earlier."
+    ),
+    speculative: str | None = typer.Option(
+        None, metavar="prompt|MODEL", help="Guess ahead from the prompt, or by a smaller copy of the model; same text."
+    ),
+    num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     memory_budget: str | None = typer.Option(
         None, metavar="SIZE", help="For weights, caches and all, e.g. 4GiB; nine tenths of what there is by default."
     ),
@@ -37,12 +47,12 @@ def serve(
     """
     import logging
 
-    from ..errors import Unsupported
+    from ..errors import BadInput
     from ..serve.server import serve as run
     from ._common import parse_size
 
-    if kv_cache_dtype not in ("auto", "float32"):
-        raise Unsupported(f"--kv-cache-dtype={kv_cache_dtype!r}: the cache is kept in float32; give auto or float32")
+    if scheduling_policy not in ("fcfs", "priority"):
+        raise BadInput(f"--scheduling-policy={scheduling_policy!r}: give fcfs or priority")
     logging.basicConfig(level=logging.WARNING, format="penjing: %(message)s")
     logging.getLogger("penjing").setLevel(logging.INFO)
     run(
@@ -55,6 +65,11 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_reqs=max_num_queued_reqs,
+        kv_cache_dtype=kv_cache_dtype,
+        enable_prefix_caching=enable_prefix_caching,
+        scheduling_policy="priority" if scheduling_policy == "priority" else "fcfs",
+        speculative=speculative,
+        num_speculative_tokens=num_speculative_tokens,
         memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
         threads=threads,
         shutdown_timeout=shutdown_timeout,

@@ -14,6 +14,7 @@ import numpy as np
 from .. import hardware
 from ..errors import BadInput
 from ..models import Model
+from .blocks import BLOCK
 from .engine import Engine
 from .messages import Load, Request, SamplingParams
 from .process import load
@@ -86,18 +87,25 @@ def bench(
     threads: int | None = None,
     runs: int = 5,
     decode_tokens: int = 64,
+    kv_cache_dtype: str = "auto",
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> Benchmark:
     """Measure prefill of a 512-token prompt and decode of 1 and of 8 streams: the median of ``runs``, greedy.
 
     threads: all cores by default.  decode_tokens: written in each stream, after a prompt of 16.
+    kv_cache_dtype: as for `serve`.
     Raises BadInput if the model's window is too short for that.
     """
     if runs < 1 or decode_tokens < 2:
         raise BadInput(f"runs={runs}, decode_tokens={decode_tokens}: at least one run of two tokens is needed")
     threads = threads or hardware.cores()
     settings = Load(
-        folder=str(model), max_num_seqs=max(STREAMS), max_num_batched_tokens=PREFILL_TOKENS, threads=threads
+        folder=str(model),
+        max_num_seqs=max(STREAMS),
+        max_num_batched_tokens=PREFILL_TOKENS,
+        threads=threads,
+        kv_cache_dtype=kv_cache_dtype,
+        enable_prefix_caching=False,
     )
     engine, ready = load(settings)
     window = engine.limits.max_model_len
@@ -119,7 +127,7 @@ def bench(
     single = Spread.of(decode[1])
     peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffers
     bandwidth = hardware.bandwidth_gbps()
-    read = bytes_read_per_token(cast(Model, engine.model), DECODE_PROMPT + decode_tokens / 2)
+    read = bytes_read_per_token(cast(Model, engine.model), ready.kv_cache_dtype, DECODE_PROMPT + decode_tokens / 2)
     return Benchmark(
         prefill=Spread.of(prefill),
         decode={streams: Spread.of(values) for streams, values in decode.items()},
@@ -163,10 +171,6 @@ def _random_tokens(engine: Engine, count: int, seed: int = 0) -> list[int]:
     return [int(token) for token in random.integers(0, engine.model.config.vocab_size, count)]
 
 
-def bytes_read_per_token(model: Model, length: float) -> float:
-    """Bytes that one token of one stream takes from memory, with ``length`` tokens before it.
-
-    All weights but the embedding, of which one row is read, unless it is the output head as well; keys and values.
-    """
-    unread = 0 if model.config.tied_embeddings else model.embedding.nbytes
-    return model.weights_bytes - unread + length * model.kv_bytes_per_token
+def bytes_read_per_token(model: Model, kv_type: str, length: float) -> float:
+    """Bytes that one token of one stream takes from memory, with ``length`` tokens before it: weights, keys, values."""
+    return model.read_bytes + length * model.block_bytes(kv_type) / BLOCK

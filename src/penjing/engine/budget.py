@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import BadInput, OutOfBudget
+from ..errors import BadInput, OutOfBudget, Unsupported
 from ..hardware import memory_available_bytes, memory_limit_bytes
 from ..models import ModelConfig
-from .messages import Load
+from ..models.step import StepModel
+from .blocks import BLOCK, blocks_for
+from .messages import KV_TYPES, Load
 from .scheduler import Limits
 
 # What the two processes take beside weights and caches: measured 120 MB resident with a vocabulary of 4096; the rest
@@ -22,14 +24,38 @@ def default_budget() -> int:
     return min(int(SHARE_OF_MEMORY * memory_limit_bytes()), memory_available_bytes())
 
 
-def activation_bytes(config: ModelConfig, tokens: int, sequences: int, scored: int) -> int:
-    """The most that one step holds beside weights and caches.
+@dataclass(frozen=True)
+class Sizes:
+    """What a model takes, in bytes; of a draft beside it too.
 
-    tokens: in the step.  sequences: that sample.  scored: prompt tokens with logits.
+    weights: as they lie in memory.  block: of cache, 32 positions in all layers.  state: of one sequence, recurrent.
+    step: the most that a step holds beside these.
     """
-    logits = (sequences + scored) * config.vocab_size
-    one_row = 8 * config.vocab_size  # the sampler's copies, in float64
-    return FLOAT * (tokens * config.floats_per_token + logits + one_row)
+
+    weights: int
+    block: int
+    state: int
+    step: int
+
+    @classmethod
+    def of(cls, model: StepModel, load: Load, kv_type: str) -> Sizes:
+        step = model.activation_bytes(load.max_num_batched_tokens)
+        return cls(model.weights_bytes, model.block_bytes(kv_type), model.state_bytes, step)
+
+    @classmethod
+    def expected(cls, config: ModelConfig, load: Load, stored: int, kv_type: str) -> Sizes:
+        """Before anything is read: no more than what `of` will say."""
+        floats = sum(layer.floats for layer in config.kv_layers if layer is not None)
+        step = FLOAT * load.max_num_batched_tokens * config.hidden
+        return cls(stored, int(BLOCK * floats * KV_TYPES[kv_type]), config.state_bytes, step)
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(
+            self.weights + other.weights,
+            self.block + other.block,
+            self.state + other.state,
+            max(self.step, other.step),
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ def check_weights(stored_bytes: int, budget: int) -> None:
         )
 
 
-def limits(load: Load, config: ModelConfig, weights: int, budget: int) -> tuple[Limits, Ledger]:
+def limits(load: Load, config: ModelConfig, sizes: Sizes, budget: int) -> tuple[Limits, Ledger]:
     """What the engine may use, so that everything together stays within the budget.
 
     Without max_model_len in ``load`` it is the model's own, or as much of it as one sequence has memory for.
@@ -69,26 +95,26 @@ def limits(load: Load, config: ModelConfig, weights: int, budget: int) -> tuple[
     longest = load.max_model_len or config.max_position
     if longest > config.max_position:
         raise BadInput(f"max_model_len={longest}: the model has positions for {config.max_position} tokens")
-    scored = min(Limits.scored_prefill, load.max_num_batched_tokens)
-    step = activation_bytes(config, load.max_num_batched_tokens, load.max_num_seqs, scored)
-    ledger = Ledger(budget, weights, step)
-    per_token = config.kv_bytes_per_token
-    room = max(ledger.left, 0) // per_token
-    if room < (longest if load.max_model_len else min(longest, 16)):
+    ledger = Ledger(budget, sizes.weights, sizes.step + load.max_num_seqs * sizes.state)
+    room = max(ledger.left, 0) // sizes.block if sizes.block else load.max_num_seqs * blocks_for(longest)
+    if room < (blocks_for(longest) if load.max_model_len else 1):
         raise OutOfBudget(
             f"{ledger}: {_mib(max(ledger.left, 0))} are left for caches, and one sequence of {longest} tokens needs "
-            f"{_mib(longest * per_token)}; give a larger --memory-budget or a smaller --max-model-len"
+            f"{_mib(blocks_for(longest) * sizes.block)}; give a larger --memory-budget or a smaller --max-model-len"
         )
-    longest = min(longest, room)
-    caches = min(room, load.max_num_seqs * longest)
+    longest = min(longest, room * BLOCK)
+    prefix_caching = not sizes.state if load.enable_prefix_caching is None else load.enable_prefix_caching
+    if prefix_caching and sizes.state:
+        raise Unsupported(f"{load.folder}: prefix caching needs a model without recurrent state; leave it off")
     return (
         Limits(
             max_num_seqs=load.max_num_seqs,
             max_num_batched_tokens=load.max_num_batched_tokens,
             max_model_len=longest,
-            kv_bytes=caches * per_token,
-            kv_bytes_per_token=per_token,
-            scored_prefill=scored,
+            blocks=min(room, load.max_num_seqs * blocks_for(longest)),
+            prefix_caching=prefix_caching,
+            policy=load.scheduling_policy,
+            scored_prefill=min(Limits.scored_prefill, load.max_num_batched_tokens),
         ),
         ledger,
     )

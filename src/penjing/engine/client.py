@@ -66,7 +66,7 @@ class EngineProcess:
         self.state: Literal["new", "loading", "ready", "dead"] = "new"
         self.epitaph = ""
         self.ready: Ready | None = None
-        self.stats = Stats(0, 0, 0, 0)
+        self.stats = Stats()
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._last_sign = time.monotonic()
         self._process: asyncio.subprocess.Process | None = None
@@ -98,7 +98,7 @@ class EngineProcess:
             raise EngineFailed(failure.message, failure.exit_code)
         self.ready = first
         self.state = "ready"
-        self.stats = Stats(0, 0, 0, first.kv_bytes)
+        self.stats = Stats(blocks=first.blocks)
         self._reading = asyncio.create_task(self._read())
         return first
 

@@ -21,12 +21,17 @@ Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 RepetitionPenalty: TypeAlias = Annotated[float, Meta(gt=0, le=100)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Priority: TypeAlias = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Alternatives: TypeAlias = Annotated[int, Meta(ge=0, le=20)]
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
-    """How the next token is chosen, and when to stop.
+    """How the next token is chosen, and when to stop: bias, min_tokens and penalties, what a grammar allows,
+    temperature, min_p, top_k, top_p, in this order, and one draw.
 
+    min_p keeps tokens at least that fraction as likely as the likeliest; top_k the k likeliest of those; top_p the
+    smallest set of the likeliest whose probabilities, among what is left, sum to top_p or more. Among equals the lower
+    id counts as likelier. At least one token is left.
     temperature: 0 is greedy.  top_k: 0 or −1 for all.  repetition_penalty: on tokens of prompt and output (Keskar et
     al., arXiv 1909.05858); presence and frequency: on those of the output.  seed, choice: the result of a request
     depends on these two and on nothing else in its batch; ``choice`` counts those of one request.
@@ -54,11 +59,17 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 
 
 class Request(Struct, frozen=True):
-    """One sequence to continue."""
+    """One sequence to continue.
+
+    priority: the lower the earlier, where the engine's policy asks for it.  cache_salt: only requests of the same salt
+    share what is cached of their prompts.
+    """
 
     id: str
     prompt: list[TokenId]
     params: SamplingParams
+    priority: Priority = 0
+    cache_salt: str = ""
 
 
 class Logprobs(Struct, frozen=True, array_like=True):
@@ -81,35 +92,59 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     tokens: new ones. The token that ends the text (end token, stop_token_ids) is among them, as the last.
     logprobs: one a token, if asked for.  prompt_logprobs: one a prompt token from the second on, when the prompt is
-    read.  error: with finish_reason "error", what happened.
+    read.  cached_tokens: with the first token, how much of the prompt was found in the cache.  error: with
+    finish_reason "error", what happened.
     """
 
     request_id: str
     tokens: list[int] = []
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] = []
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
     timings: Timings | None = None
 
 
 class Stats(Struct, frozen=True, array_like=True):
-    """Sequences and bytes of key-value cache, now."""
+    """Sequences and blocks of cache, now; and counts since the start.
 
-    running: int
-    waiting: int
-    kv_bytes_used: int
-    kv_bytes: int
+    blocks_used: held by sequences that compute.  prefix_queries, prefix_hits: prompt tokens looked up in the prefix
+    cache, and found.  drafts: times that tokens were guessed.  guessed, accepted: tokens.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    drafts: int = 0
+    guessed: int = 0
+    accepted: int = 0
+
+
+# Types of a cache → bytes of an element, steps not counted.
+KV_TYPES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 class Load(Struct, frozen=True, tag=True, kw_only=True):
-    """To the engine's process, first of all: which model, within what. None: as much as fits."""
+    """To the engine's process, first of all: which model, within what. None: as much as fits, or what suits the model.
+
+    kv_cache_dtype: of `KV_TYPES`, or "auto".  speculative: "prompt", or the folder of a draft.
+    """
 
     folder: str
     memory_budget: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool | None = None
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    speculative: str | None = None
+    num_speculative_tokens: int = 5
     threads: int | None = None
 
 
@@ -130,8 +165,9 @@ class Ready(Struct, frozen=True, tag=True, kw_only=True):
 
     max_model_len: int
     weights_bytes: int
-    kv_bytes: int
-    kv_bytes_per_token: int
+    blocks: int
+    block_bytes: int
+    kv_cache_dtype: str
     memory_budget: int
     load_seconds: float
 

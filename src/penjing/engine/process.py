@@ -18,12 +18,15 @@ import time
 import msgspec
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import BadInput, PenjingError
+from ..errors import BadInput, PenjingError, Unsupported, nearest
 from ..models import load as load_model
 from ..models import read_config
+from ..models.step import StepModel
 from . import budget
+from .budget import Sizes
 from .engine import Engine
 from .messages import (
+    KV_TYPES,
     Abort,
     Add,
     Command,
@@ -37,6 +40,8 @@ from .messages import (
     command_decoder,
     encoder,
 )
+from .scheduler import Limits
+from .speculate import Draft, Guesser, PromptLookup, Speculation
 
 HEADER = struct.Struct("<I")
 
@@ -69,22 +74,48 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     """An engine with its model in memory, within its budget; raises PenjingError with the reason if that cannot be."""
     start = time.monotonic()
     total = settings.memory_budget or budget.default_budget()
+    kv_type = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
+    if kv_type not in KV_TYPES:
+        raise BadInput(f"kv_cache_dtype={kv_type!r}; {nearest(kv_type, ('auto', *KV_TYPES))}")
     checkpoint = open_checkpoint(settings.folder)
     config = read_config(checkpoint)
     stored = stored_bytes(checkpoint)
     budget.check_weights(stored, total)
-    budget.limits(settings, config, stored, total)  # before anything is read, with the least that it can take
+    # Before anything is read, with the least that it can take.
+    budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
     model = load_model(checkpoint, threads=settings.threads)
-    limits, _ = budget.limits(settings, config, model.weights_bytes, total)
+    sizes = Sizes.of(model, settings, kv_type)
+    draft = None
+    if settings.speculative not in (None, "prompt"):
+        draft = load_model(settings.speculative)
+        sizes += Sizes.of(draft, settings, kv_type)
+    limits, _ = budget.limits(settings, config, sizes, total)
+    for each in filter(None, (model, draft)):
+        each.reserve(limits.blocks, kv_type, limits.max_num_seqs)
     ready = Ready(
         max_model_len=limits.max_model_len,
-        weights_bytes=model.weights_bytes,
-        kv_bytes=limits.kv_bytes,
-        kv_bytes_per_token=limits.kv_bytes_per_token,
+        weights_bytes=sizes.weights,
+        blocks=limits.blocks,
+        block_bytes=sizes.block,
+        kv_cache_dtype=kv_type,
         memory_budget=total,
         load_seconds=time.monotonic() - start,
     )
-    return Engine(model, limits), ready
+    return Engine(model, limits, speculation=_speculation(settings, limits, model, draft)), ready
+
+
+def _speculation(settings: Load, limits: Limits, model: StepModel, draft: StepModel | None) -> Speculation | None:
+    if settings.speculative is None:
+        return None
+    if model.has_state:
+        raise Unsupported(
+            f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
+            "leave --speculative away"
+        )
+    guesser: Guesser = PromptLookup()
+    if draft is not None:
+        guesser = Draft(draft, model, limits.max_model_len, limits.max_num_batched_tokens)
+    return Speculation(guesser, settings.num_speculative_tokens)
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

@@ -6,9 +6,10 @@ set, and `reference` has each computation in plain numpy. Wrong shapes and types
 
 from __future__ import annotations
 
-from .._native import IntegerConv, IntegerLinear, KvPool, isa, set_threads, threads
+from .._native import IntegerConv, IntegerLinear, KvPool, Sampler, isa, log_probabilities, set_threads, threads
 from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .decoder import attention, gated
+from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
 from .stream import (
     bitmask_decode,
@@ -30,19 +31,26 @@ __all__ = [
     "IntegerLinear",
     "KvPool",
     "Matrix",
+    "Sampler",
+    "activate",
     "attention",
     "bitmask_decode",
     "bitmask_encode",
     "causal_attention",
+    "delta",
     "gated",
     "has_nonfinite",
     "isa",
+    "log_probabilities",
     "matrix_from",
+    "norm",
     "pack",
     "prune",
     "prune_threshold",
     "quantize",
     "quantize_packed",
+    "rotate",
+    "route",
     "set_threads",
     "threads",
     "unpack",

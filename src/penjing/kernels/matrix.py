@@ -33,6 +33,11 @@ class Matrix:
         self.rows, self.columns = native.rows, native.columns
         self.nbytes, self.layout = native.nbytes, native.layout
 
+    @property
+    def native(self) -> _native.Matrix:
+        """As other native code takes it."""
+        return self._native
+
     def __call__(
         self, x: NDArray[np.float32], bias: NDArray[np.float32] | None = None, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:

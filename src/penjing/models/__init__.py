@@ -12,17 +12,18 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadInput
 from .config import ModelConfig
 from .families import FAMILIES, read_family
-from .model import Chunk, KVCache, Model
+from .model import Model
 from .reader import read_object
+from .step import Chunk, Result
 from .streaming import Stream
-from .weights import check_tensors
+from .weights import Activations, check_tensors
 
 __all__ = [
     "FAMILIES",
     "Chunk",
-    "KVCache",
     "Model",
     "ModelConfig",
+    "Result",
     "Stream",
     "load",
     "read_config",
@@ -57,18 +58,29 @@ def use_threads(count: int | None) -> None:
         raise BadInput(str(error)) from None
 
 
-def load(model: str | Path | Checkpoint, *, threads: int | None = None) -> Model:
-    """A whole model in memory. ``threads``: for the kernels of this process; all cores by default."""
+def load(
+    model: str | Path | Checkpoint,
+    *,
+    threads: int | None = None,
+    activations: Activations = "auto",
+    length: int | None = None,
+) -> Model:
+    """A whole model in memory.
+
+    threads: for the kernels of this process; all cores by default.  activations: "auto" quantizes them on the fly to
+    int8 where weights are integers, "float" only where config.json says so.  length: of the longest sequence, the
+    model's own by default.
+    """
     use_threads(threads)
     checkpoint = _open(model)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    return Model(checkpoint, config)
+    return Model(checkpoint, config, activations, length)
 
 
-def stream(model: str | Path | Checkpoint) -> Stream:
-    """A model whose blocks are in memory one at a time."""
+def stream(model: str | Path | Checkpoint, *, activations: Activations = "auto") -> Stream:
+    """A model whose blocks are in memory one at a time; ``activations`` as for `load`."""
     checkpoint = _open(model)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    return Stream(checkpoint, config)
+    return Stream(checkpoint, config, activations)

@@ -1,139 +1,134 @@
-"""A whole model in memory, and the key-value caches of the sequences that it serves."""
+"""A whole model in memory: tokens in, the next tokens out, one native call a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .. import _native
 from ..checkpoint import Checkpoint
 from ..errors import BadInput
-from ..kernels import attention
-from .config import ModelConfig
-from .layers import Array, rms_norm
-from .weights import load_block, load_embedding, load_final_norm, load_head
+from ..kernels import Matrix
+from .config import Attention, ModelConfig
+from .layers import Array
+from .step import Chunk, Logprobs, Result
+from .weights import (
+    Activations,
+    load_embedding,
+    load_final_norm,
+    load_head,
+    load_matrix,
+    load_weights,
+    read_norm,
+)
 
-Tokens: TypeAlias = NDArray[np.int64]
-
-
-class KVCache:
-    """Keys and values of one sequence: float32 (layers, kv_heads, capacity, head_dim) each, `length` of them filled.
-
-    The memory is the operating system's to give as positions are written, so a generous capacity costs little.
-    """
-
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
-        if not 1 <= capacity <= config.max_position:
-            raise BadInput(f"capacity={capacity} tokens: the model has positions for 1 to {config.max_position}")
-        layers = [layer for layer in config.kv_layers if layer is not None]  # alike in the families that are computed
-        shape = (config.layers, layers[0].kv_heads, capacity, layers[0].key_dim)
-        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        self.capacity = capacity
-        self.length = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def truncate(self, length: int) -> None:
-        """Forget all positions from ``length`` on."""
-        if not 0 <= length <= self.length:
-            raise BadInput(f"truncate({length}): the cache holds {self.length} positions")
-        self.length = length
-
-    def attend(self, layer: int, queries: Array, keys: Array, values: Array, window: int | None) -> Array:
-        """Write the keys and values (n, kv_heads, d) behind those that are there, and attend to all of them."""
-        end = self.length + len(keys)
-        self.keys[layer, :, self.length : end] = keys.swapaxes(0, 1)
-        self.values[layer, :, self.length : end] = values.swapaxes(0, 1)
-        return attention(queries, self.keys[layer, :, :end], self.values[layer, :, :end], window=window)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The next tokens (n,) of the sequence whose earlier ones are in ``cache``."""
-
-    tokens: Tokens
-    cache: KVCache
+BLOCK_TOKENS = 32  # positions of a cache block
 
 
 class Model:
-    """Weights in memory and the computation: tokens in, logits out."""
+    """Weights in memory and the computation.
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self.config = config
-        self.embedding = load_embedding(checkpoint, config)
-        self.blocks = [load_block(checkpoint, config, index) for index in range(config.layers)]
+    A sequence's keys and values lie in cache blocks of `block_tokens` positions, wherever its table says; models with a
+    recurrent state (`has_state`) keep that in slots. Who owns which blocks and slots is the caller's to decide.
+    """
+
+    block_tokens = BLOCK_TOKENS
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto", length: int | None = None
+    ) -> None:
+        """length: of the longest sequence; rotary positions of some families depend on it."""
+        self.config = config.for_length(config.max_position if length is None else length)
+        self.embedding = load_embedding(checkpoint, config, activations)
+        self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config, activations)
         self.final_norm = load_final_norm(checkpoint, config)
-        self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config)
+        self.weights = [load_weights(checkpoint, self.config, index, activations) for index in range(config.layers)]
+        self._decoder = _native.Decoder(self.config, self.embedding.native, (self.head.native, None), self.final_norm)
+        self._more = self._add_per_layer(checkpoint, activations)
+        caches = cache_numbers(self.config)
+        for block, weights in zip(self.config.blocks, self.weights, strict=True):
+            shares = block.mixer.shares_kv_of if isinstance(block.mixer, Attention) else None
+            self._decoder.add_block(block, *weights.native(), shared=-1 if shares is None else caches[shares])
+
+    def _add_per_layer(self, checkpoint: Checkpoint, activations: Activations) -> list[Matrix]:
+        config, extra = self.config, self.config.per_layer
+        if extra is None:
+            return []
+        width = config.layers * extra.inner
+        table = load_matrix(checkpoint, config.stem + extra.table, (extra.vocab_size, width), activations)
+        projection = load_matrix(checkpoint, config.stem + extra.projection, (width, config.hidden), activations)
+        norm = read_norm(checkpoint, config.stem, extra.norm)
+        self._decoder.set_per_layer(extra, config.layers, table.native, (projection.native, None), norm)
+        return [table, projection]
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weight matrices as they lie in memory."""
-        layers = [layer for block in self.blocks for layer in block.linears]
-        matrices = {id(matrix): matrix for matrix in (self.embedding, self.head, *(each.matrix for each in layers))}
+        blocks = [matrix for weights in self.weights for matrix in weights.matrices]
+        matrices = {id(matrix): matrix for matrix in (self.embedding, self.head, *self._more, *blocks)}
         return sum(matrix.nbytes for matrix in matrices.values())
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of cache that one position takes."""
-        return self.config.kv_bytes_per_token
+    def read_bytes(self) -> int:
+        """Of the weights that one token of one sequence reads: all but the embedding, of which it is one row."""
+        return self.weights_bytes - (0 if self.head is self.embedding else self.embedding.nbytes)
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for a sequence of at most ``capacity`` tokens."""
-        return KVCache(self.config, capacity)
+    @property
+    def has_state(self) -> bool:
+        return self.state_bytes > 0
 
-    def forward(self, chunks: Sequence[Chunk], *, all_positions: bool = False) -> Array | list[Array]:
-        """Compute the chunks in one pass and add them to their caches.
+    @property
+    def state_bytes(self) -> int:
+        """Of a slot."""
+        return self._decoder.state_bytes
 
-        Returns float32 logits (chunks, vocabulary) of each chunk's last token, or with ``all_positions`` a list of
-        (n, vocabulary), one a chunk. Linear layers see all tokens at once. A sequence's logits do not depend on what
-        else is in the batch, except for rounding: matrix products may sum in another order for another
-        number of rows. Raises BadInput for tokens outside the vocabulary, caches that are too small, no chunks.
+    def block_bytes(self, kv_type: str) -> int:
+        """A cache block of all layers; kv_type: float32, float16, bfloat16, int8 or int4."""
+        return self._decoder.block_bytes(kv_type)
+
+    def activation_bytes(self, tokens: int) -> int:
+        """What a step of so many tokens works in, besides weights and caches; kept for the next steps."""
+        return self._decoder.activation_bytes(tokens)
+
+    def reserve(self, blocks: int, kv_type: str = "float16", slots: int = 0) -> None:
+        """The memory of all caches and states, in place of what was there; taken as it is first written.
+
+        Raises BadInput for numbers and types that cannot be, MemoryError.
         """
-        if not chunks:
-            raise BadInput("nothing to compute: give at least one chunk")
-        for chunk in chunks:
-            self._check(chunk)
-        sizes = [len(chunk.tokens) for chunk in chunks]
-        ends = np.cumsum(sizes)
-        tokens = np.concatenate([chunk.tokens for chunk in chunks])
-        positions = np.concatenate(
-            [np.arange(size) + chunk.cache.length for size, chunk in zip(sizes, chunks, strict=True)]
-        )
-        x = self.embedding.decode(tokens)
-        for index, block in enumerate(self.blocks):
-            x = block(x, positions, partial(self._attend, chunks, index, block.window))
-        if not all_positions:
-            x = x[ends - 1]
-        logits = self.head(rms_norm(x, self.final_norm, self.config.final_norm.eps))
-        for size, chunk in zip(sizes, chunks, strict=True):
-            chunk.cache.length += size
-        return np.split(logits, ends[:-1]) if all_positions else logits
+        try:
+            self._decoder.reserve(blocks, kv_type, slots)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
 
-    @staticmethod
-    def _attend(
-        chunks: Sequence[Chunk], layer: int, window: int | None, queries: Array, keys: Array, values: Array
-    ) -> Array:
-        mixed = np.empty_like(queries)
-        start = 0
-        for chunk in chunks:
-            own = slice(start, start + len(chunk.tokens))
-            mixed[own] = chunk.cache.attend(layer, queries[own], keys[own], values[own], window)
-            start = own.stop
-        return mixed
+    def step(self, chunks: Sequence[Chunk]) -> list[Result]:
+        """Compute the chunks, draw and score: a result each.
 
-    def _check(self, chunk: Chunk) -> None:
-        tokens, cache = chunk.tokens, chunk.cache
-        if tokens.ndim != 1 or not len(tokens):
-            raise BadInput(f"a chunk has tokens of shape {tokens.shape}; one or more in a row are needed")
-        if cache.length + len(tokens) > cache.capacity:
-            raise BadInput(f"{len(tokens)} tokens after {cache.length}: the cache has room for {cache.capacity}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise BadInput(
-                f"token {tokens.min()} or {tokens.max()} is outside the vocabulary of {self.config.vocab_size}"
-            )
+        A sequence's results do not depend on what else is in the step, nor on how its tokens are cut into chunks: on
+        integer layers and float caches, bit for bit. Raises BadInput, before anything is computed, for tokens outside
+        the vocabulary, tables that are too short and blocks or slots that are not there.
+        """
+        try:
+            found = self._decoder.step(chunks)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        return [Result(tokens, _logprobs(drawn), _logprobs(scores), error) for tokens, drawn, scores, error in found]
+
+    def logits(self, chunks: Sequence[Chunk]) -> list[Array]:
+        """Logits of every position, (n, vocabulary) a chunk; for tests and tools."""
+        try:
+            rows = self._decoder.logits(chunks)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        return np.split(rows, np.cumsum([len(chunk.tokens) for chunk in chunks])[:-1])
+
+
+def cache_numbers(config: ModelConfig) -> list[int]:
+    """Of each block's layer in the cache; −1 for those that keep none."""
+    kept = [layer is not None for layer in config.kv_layers]
+    return [sum(kept[:index]) if own else -1 for index, own in enumerate(kept)]
+
+
+def _logprobs(found: list[tuple[float, list[tuple[int, float]]]]) -> list[Any]:
+    return [Logprobs(chosen, top) for chosen, top in found]

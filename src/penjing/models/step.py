@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,3 +54,36 @@ class Result:
     logprobs: list[Logprobs] = field(default_factory=list)
     scores: list[Logprobs] = field(default_factory=list)
     error: str | None = None
+
+
+class StepModel(Protocol):
+    """What an engine asks of a model; `penjing.models.Model` is one.
+
+    weights_bytes: as they lie in memory.  has_state, state_bytes: a recurrent state of so many bytes a slot, which
+    cannot be taken back.
+    """
+
+    @property
+    def config(self) -> Any:
+        """With vocab_size, max_position and eos_token_ids."""
+
+    @property
+    def weights_bytes(self) -> int: ...
+
+    @property
+    def has_state(self) -> bool: ...
+
+    @property
+    def state_bytes(self) -> int: ...
+
+    def block_bytes(self, kv_type: str) -> int:
+        """Bytes of one block of cache, of all layers."""
+
+    def activation_bytes(self, tokens: int) -> int:
+        """The most that a step of so many tokens holds beside weights and caches."""
+
+    def reserve(self, blocks: int, kv_type: str, slots: int) -> None:
+        """Set aside the cache, and slots for recurrent state. The memory is touched as it is written."""
+
+    def step(self, chunks: Sequence[Chunk]) -> list[Result]:
+        """Compute all chunks at once."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Weight
-from ..errors import BadCheckpoint, Unsupported
+from ..errors import BadCheckpoint
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
 from ..formats.mxfp4 import Mxfp4Tensor
 from ..kernels import Matrix, matrix_from
-from ..kernels.decoder import MAX_HEAD_DIM
-from .config import Attention, Linear, Mlp, ModelConfig, Norm, Source
-from .config import Block as Described
-from .layers import Array, Block, LinearLayer
+from .config import LatentAttention, Linear, ModelConfig, Norm, Source
+from .layers import Array, LinearLayer
+
+# What products do with activations: "auto" is what is served by default, "float" keeps them as they are.
+Activations: TypeAlias = Literal["auto", "float"]
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -175,64 +180,95 @@ def read_norm(checkpoint: Checkpoint, prefix: str, norm: Norm) -> tuple[Array, A
     return (weight + np.float32(norm.offset)) * np.float32(norm.scale), bias
 
 
-def load_matrix(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> Matrix:
+def make_matrix(checkpoint: Checkpoint, module: str, weight: Weight | Mxfp4Tensor, activations: Activations) -> Matrix:
+    """A weight in the layout of its kernel; ``module`` says what config.json wants of its activations."""
+    stored = checkpoint.activations(module)
+    if stored == "float" and activations == "auto":
+        return matrix_from(weight, activations="int8-groups")
+    return matrix_from(weight, activations=stored)
+
+
+def load_matrix(
+    checkpoint: Checkpoint, module: str, shape: tuple[int, int], activations: Activations = "auto"
+) -> Matrix:
     """A module's weight (out, in), in the layout of the kernel that computes on what it is stored in."""
     weight = checkpoint.weight(module)
     if tuple(weight.shape) != shape:
         raise _wrong_shape(checkpoint, f"{module}.weight", tuple(weight.shape), shape)
-    return matrix_from(weight, activations=checkpoint.activations(module))
+    return make_matrix(checkpoint, module, weight, activations)
 
 
-def load_linear(checkpoint: Checkpoint, prefix: str, linear: Linear) -> LinearLayer:
+def load_linear(checkpoint: Checkpoint, prefix: str, linear: Linear, activations: Activations = "auto") -> LinearLayer:
     source = locate(checkpoint, prefix, linear)
-    activations = checkpoint.activations(f"{prefix}{source.name}")
-    matrix = matrix_from(read_weight(checkpoint, prefix, linear), activations=activations)
+    weight = read_weight(checkpoint, prefix, linear)
+    matrix = make_matrix(checkpoint, f"{prefix}{source.name}", weight, activations)
     return LinearLayer(matrix, read_bias(checkpoint, prefix, linear))
 
 
-def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block:
-    """Decoder block number ``index``, with its weights in memory; Unsupported if it is not of Llama's kind."""
+@dataclass(frozen=True)
+class BlockWeights:
+    """A block's weights as the native decoder takes them.
+
+    linears: by role.  norms: by place, weight and bias, float32.  vectors: by name, float32.
+    """
+
+    linears: Mapping[str, LinearLayer]
+    norms: Mapping[str, tuple[Array, Array | None]]
+    vectors: Mapping[str, Array]
+
+    def native(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Linears, norms and vectors for `_native.Decoder.add_block`."""
+        linears = {role: (layer.matrix.native, layer.bias) for role, layer in self.linears.items()}
+        return linears, dict(self.norms), dict(self.vectors)
+
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        return (layer.matrix for layer in self.linears.values())
+
+
+def load_weights(
+    checkpoint: Checkpoint, config: ModelConfig, index: int, activations: Activations = "auto"
+) -> BlockWeights:
+    """The weights of decoder block number ``index``."""
     block, prefix = config.blocks[index], f"{config.block(index)}."
-    if not isinstance(block.mixer, Attention) or not _like_llama(config, block, block.mixer):
-        raise Unsupported(f"{checkpoint.path}: the kernels compute no blocks like those of {config.family}")
-    linears = {linear.role: load_linear(checkpoint, prefix, linear) for linear in block.linears}
-    norms = {place: read_norm(checkpoint, prefix, norm)[0] for place, norm in block.norms.items()}
-    return Block(
-        **linears,
-        attention_norm=norms["attention_in"],
-        mlp_norm=norms["mlp_in"],
-        query_norm=norms.get("query"),
-        key_norm=norms.get("key"),
-        attention=block.mixer,
-        eps=config.final_norm.eps,
-    )
+    linears: dict[str, LinearLayer] = {}
+    for linear in block.linears:
+        if isinstance(block.mixer, LatentAttention) and linear.role in ("k_b", "v_b"):
+            linears |= _by_head(checkpoint, prefix, linear, block.mixer)
+        else:
+            linears[linear.role] = load_linear(checkpoint, prefix, linear, activations)
+    norms = {place: read_norm(checkpoint, prefix, norm) for place, norm in block.norms.items()}
+    vectors = {name: read_vector(checkpoint, prefix + each.name, each.shape) for name, each in block.vectors.items()}
+    if "convolution" in vectors:  # (channels, 1, kernel): the decoder goes through the channels of one tap
+        vectors["convolution"] = np.ascontiguousarray(vectors["convolution"][:, 0].T)
+    return BlockWeights(linears, norms, vectors)
 
 
-def _like_llama(config: ModelConfig, block: Described, mixer: Attention) -> bool:
-    return (
-        (config.embedding_scale, config.logit_scale, config.logit_softcap, config.per_layer) == (1, 1, 0, None)
-        and mixer.rope is not None
-        and not (mixer.softcap or mixer.sinks or mixer.output_gate or mixer.values_are_keys or mixer.query_growth)
-        and (mixer.shares_kv_of, mixer.query_key_norm == "all", mixer.rope_interleaved) == (None, False, False)
-        and mixer.scale == mixer.head_dim**-0.5
-        and mixer.head_dim <= MAX_HEAD_DIM
-        and isinstance(block.mlp, Mlp)
-        and (block.mlp.activation, block.mlp.gated) == ("silu", True)
-        and set(block.norms) - {"query", "key"} == {"attention_in", "mlp_in"}
-        and all(norm.kind == "rms" for norm in block.norms.values())
-        and (block.parallel, block.residual_scale, block.per_layer_inner, len(block.vectors)) == (False, 1, 0, 0)
-    )
+def _by_head(checkpoint: Checkpoint, prefix: str, linear: Linear, mixer: LatentAttention) -> dict[str, LinearLayer]:
+    """k_b and v_b as a matrix a head, that of the keys transposed: it is multiplied into the queries.
+
+    Floats stay what they are; integers become float32, since their groups do not survive transposing.
+    """
+    weight = read_weight(checkpoint, prefix, linear)
+    plain = weight if isinstance(weight, np.ndarray) else weight.decode()
+    heads = np.split(plain, mixer.heads)
+    turned = [head.T if linear.role == "k_b" else head for head in heads]
+    return {
+        f"{linear.role}.{number}": LinearLayer(matrix_from(np.ascontiguousarray(head), sparse=False), None)
+        for number, head in enumerate(turned)
+    }
 
 
-def load_embedding(checkpoint: Checkpoint, config: ModelConfig) -> Matrix:
+def load_embedding(checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto") -> Matrix:
     """The embedding (vocabulary, hidden): rows are tokens."""
-    return load_matrix(checkpoint, config.embedding, (config.vocab_size, config.hidden))
+    return load_matrix(checkpoint, config.embedding, (config.vocab_size, config.hidden), activations)
 
 
-def load_final_norm(checkpoint: Checkpoint, config: ModelConfig) -> Array:
-    return read_norm(checkpoint, config.stem, config.final_norm)[0]
+def load_final_norm(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Array, Array | None]:
+    """Weight and bias of the last norm."""
+    return read_norm(checkpoint, config.stem, config.final_norm)
 
 
-def load_head(checkpoint: Checkpoint, config: ModelConfig) -> Matrix:
+def load_head(checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto") -> Matrix:
     """What turns hidden states into logits (vocabulary, hidden): its own weights, or the embedding's."""
-    return load_matrix(checkpoint, config.head, (config.vocab_size, config.hidden))
+    return load_matrix(checkpoint, config.head, (config.vocab_size, config.hidden), activations)

@@ -49,6 +49,8 @@ class Chat:
             stops=request.stops,
             skip_special_tokens=request.skip_special_tokens,
             show_end=request.include_stop_str_in_output,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
         )
 
     async def answer(self) -> dict[str, Any]:

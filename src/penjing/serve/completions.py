@@ -22,7 +22,7 @@ def usage(job: Job) -> dict[str, Any]:
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": job.completion_tokens,
         "total_tokens": job.prompt_tokens + job.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
@@ -62,6 +62,8 @@ class Completion:
             stops=request.stops,
             skip_special_tokens=request.skip_special_tokens,
             show_end=request.include_stop_str_in_output,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
         )
         if request.echo:
             self._texts = await asyncio.to_thread(self._prompt_texts)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine.messages import Event, Ready, Stats
@@ -24,21 +24,30 @@ class _Engine(Collector):
 
     def collect(self) -> list[Metric]:
         stats, ready = self._stats(), self._ready()
-        used = stats.kv_bytes_used / stats.kv_bytes if stats.kv_bytes else 0.0
+        used = stats.blocks_used / stats.blocks if stats.blocks else 0.0
         values = {
             "vllm:num_requests_running": ("Sequences that are computing.", stats.running),
             "vllm:num_requests_waiting": ("Sequences that wait for a place.", stats.waiting),
-            "vllm:kv_cache_usage_perc": ("Share of the cache memory that is reserved (1 is all of it).", used),
+            "vllm:kv_cache_usage_perc": ("Share of the cache's blocks that sequences hold (1 is all of them).", used),
             "penjing:engine_ready": ("1 while the engine has its model loaded.", float(ready is not None)),
             "penjing:model_load_seconds": ("Time the model took to load.", ready.load_seconds if ready else 0.0),
             "penjing:weights_bytes": ("Weights in memory.", ready.weights_bytes if ready else 0),
             "penjing:memory_budget_bytes": ("What weights and caches may take.", ready.memory_budget if ready else 0),
         }
+        counts = {
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_hits),
+            "vllm:num_preemptions": ("Sequences that gave their memory to others.", stats.preemptions),
+            "vllm:spec_decode_num_drafts": ("Times that tokens were guessed.", stats.drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Tokens that were guessed.", stats.guessed),
+            "vllm:spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", stats.accepted),
+        }
         families: list[Metric] = []
-        for name, (text, value) in values.items():
-            family = GaugeMetricFamily(name, text, labels=["model_name"])
-            family.add_metric([self._model], value)
-            families.append(family)
+        for kind, given in ((GaugeMetricFamily, values), (CounterMetricFamily, counts)):
+            for name, (text, value) in given.items():
+                family = kind(name, text, labels=["model_name"])
+                family.add_metric([self._model], value)
+                families.append(family)
         return families
 
 

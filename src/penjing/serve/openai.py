@@ -19,6 +19,7 @@ from ..engine.messages import (
     Count,
     Fraction,
     Penalty,
+    Priority,
     RepetitionPenalty,
     SamplingParams,
     Seed,
@@ -63,6 +64,8 @@ class SamplingRequest(Struct, kw_only=True):
     repetition_penalty: RepetitionPenalty | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
+    priority: Priority | None = None
+    cache_salt: str | None = None
     stop_token_ids: list[TokenId] | None = None
     add_special_tokens: bool | None = None
     skip_special_tokens: bool = True

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 
 from ..checkpoint import open_checkpoint
+from ..engine.blocks import BLOCK
 from ..engine.messages import Load
 from ..errors import PenjingError
 from ..models import read_config
@@ -37,6 +39,11 @@ def serve(
     max_num_batched_tokens: int = 512,
     max_num_queued_reqs: int = 256,
     memory_budget: int | None = None,
+    kv_cache_dtype: str = "auto",
+    enable_prefix_caching: bool | None = None,
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
+    speculative: str | None = None,
+    num_speculative_tokens: int = 5,
     threads: int | None = None,
     shutdown_timeout: float = 30.0,
     chat_template: str | Path | None = None,
@@ -54,6 +61,11 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
         threads=threads,
+        kv_cache_dtype=kv_cache_dtype,
+        enable_prefix_caching=enable_prefix_caching,
+        scheduling_policy=scheduling_policy,
+        speculative=speculative,
+        num_speculative_tokens=num_speculative_tokens,
     )
     settings = Settings(
         load=load,
@@ -121,8 +133,9 @@ def _announce(service: Service, url: str) -> None:
     assert ready is not None
     mib = 1 << 20
     print(
-        f"{service.name}: weights {ready.weights_bytes / mib:,.0f} MiB, cache {ready.kv_bytes / mib:,.0f} MiB for "
-        f"{ready.kv_bytes // ready.kv_bytes_per_token:,} tokens, at most {ready.max_model_len:,} in a request; "
+        f"{service.name}: weights {ready.weights_bytes / mib:,.0f} MiB, "
+        f"cache {ready.blocks * ready.block_bytes / mib:,.0f} MiB ({ready.kv_cache_dtype}) for "
+        f"{ready.blocks * BLOCK:,} tokens, at most {ready.max_model_len:,} in a request; "
         f"budget {ready.memory_budget / mib:,.0f} MiB; loaded in {ready.load_seconds:.1f} s"
     )
     print(f"Penjing serves {service.name} at {url} (OpenAI's interface at {url}/v1)", flush=True)

@@ -55,6 +55,14 @@ class Job:
     def completion_tokens(self) -> int:
         return sum(choice.completion_tokens for choice in self.choices)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, each counted once however many choices there are."""
+        found: dict[int, int] = {}
+        for request, choice in zip(self.requests, self.choices, strict=True):
+            found[id(request.prompt)] = max(found.get(id(request.prompt), 0), choice.cached_tokens)
+        return sum(found.values())
+
 
 class Service:
     def __init__(self, settings: Settings, prompts: Prompts, config: ModelConfig) -> None:
@@ -137,14 +145,27 @@ class Service:
             rounds = 1 + waiting / self.settings.load.max_num_seqs
             raise overloaded(waiting, min(LONGEST_RETRY, max(1, round(rounds * self._seconds_per_sequence))))
 
-    def job(self, kind: str, prompts: Sequence[list[int]], params: list[SamplingParams], **choice: object) -> Job:
+    def job(
+        self,
+        kind: str,
+        prompts: Sequence[list[int]],
+        params: list[SamplingParams],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        **choice: object,
+    ) -> Job:
         """One sequence for each prompt and each of the params; ``choice`` are fields of `Choice`."""
+        if priority and self.settings.load.scheduling_policy != "priority":
+            raise bad_request("priority: this server answers in order of arrival (--scheduling-policy)", "priority")
         for each in (*params[0].logit_bias,):
             self.check_tokens([each], "logit_bias")
         self.check_tokens(params[0].stop_token_ids, "stop_token_ids")
         id = f"{kind}-{uuid.uuid4().hex}"
         pairs = [(prompt, each) for prompt in prompts for each in params]
-        requests = [Request(f"{id}-{index}", prompt, each) for index, (prompt, each) in enumerate(pairs)]
+        requests = [
+            Request(f"{id}-{index}", prompt, each, priority, cache_salt) for index, (prompt, each) in enumerate(pairs)
+        ]
         choices = [
             Choice(index, self.prompts.tokenizer, prompt, min_tokens=each.min_tokens, **choice)  # type: ignore[arg-type]
             for index, (prompt, each) in enumerate(pairs)

@@ -70,7 +70,8 @@ class Choice:
     """One text being written.
 
     stops, min_tokens: stop strings count from so many tokens on.  show_end: the token or string that ends the text is
-    part of it.  offset: characters before the text (of a prompt that is echoed).
+    part of it.  cached_tokens: of the prompt, found in the engine's cache.  offset: characters before the text (of a
+    prompt that is echoed).
     """
 
     index: int
@@ -82,6 +83,7 @@ class Choice:
     show_end: bool = False
     offset: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     done: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ class Choice:
     def take(self, event: Event) -> Piece:
         """The piece that an event makes; `finish_reason` "stop" also if a stop string ended the text."""
         piece = Piece(self.index)
+        self.cached_tokens += event.cached_tokens
         logprobs: Sequence[Logprobs | None] = event.logprobs or [None] * len(event.tokens)
         for position, (token, found) in enumerate(zip(event.tokens, logprobs, strict=True)):
             self.completion_tokens += 1

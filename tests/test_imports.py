@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernels": {"formats", "_native"},
     "methods": {"formats", "kernels"},
     "checkpoint": {"formats", "kernels"},
-    "models": {"checkpoint", "formats", "kernels"},
+    "models": {"checkpoint", "formats", "kernels", "_native"},
     "modules": {"checkpoint", "formats", "kernels", "methods", "stats"},
     "hardware": {"kernels", "_native"},
     "stats": set(),

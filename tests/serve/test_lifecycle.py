@@ -266,7 +266,7 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, capfd: pytes
             ((NOVELIST, "--port", 0, "--memory-budget", "100MiB"), 1, "memory budget is 100 MiB"),
             ((NOVELIST, "--port", 0, "--memory-budget", "lots"), 2, "give a size such as 4GiB"),
             ((NOVELIST, "--port", 0, "--max-model-len", 5000), 2, "positions for 1024"),
-            ((NOVELIST, "--kv-cache-dtype", "fp8"), 2, "give auto or float32"),
+            ((NOVELIST, "--kv-cache-dtype", "fp8"), 2, "known: auto, bfloat16, float16"),
             ((NOVELIST, "--chat-template", tmp_path / "no.jinja"), 2, "No such file"),
         ]:
             with pytest.raises(SystemExit) as ended:

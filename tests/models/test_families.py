@@ -37,8 +37,8 @@ def expected(model: Any, ids: np.ndarray) -> np.ndarray:
 def test_logits_equal_transformers(variant: str, tiny: Any) -> None:
     family, changes = VARIANTS[variant]
     oracle, folder = tiny(family, **changes)
-    model = models.load(folder, length=64)
     ids = tokens(41)
+    model = models.load(folder, length=len(ids))
     logits = all_logits(model, ids)
     np.testing.assert_allclose(logits, expected(oracle, ids), atol=2e-4, rtol=1e-4)
 

@@ -83,7 +83,7 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     budget.check_weights(stored, total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
-    model = load_model(checkpoint, threads=settings.threads)
+    model = load_model(checkpoint, threads=settings.threads, length=settings.max_model_len)
     sizes = Sizes.of(model, settings, kv_type)
     draft = None
     if settings.speculative not in (None, "prompt"):

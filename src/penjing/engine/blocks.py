@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 32
+from ..kernels import KV_TOKENS
 
+BLOCK = KV_TOKENS
 NAME_BYTES = 32  # long enough that nobody finds two texts of one name, not even on purpose
 
 

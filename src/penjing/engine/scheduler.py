@@ -198,7 +198,9 @@ class Scheduler:
         """
         self._work, self._under_way = {}, set()
         writing = [each for each in self._running if not each.reads]
-        spare = self.limits.max_num_batched_tokens - len(writing) - self.limits.mixed_prefill
+        spare = self.limits.max_num_batched_tokens - len(writing)
+        if self._waiting or len(writing) < len(self._running):  # somebody has to read, and goes before guesses
+            spare -= self.limits.mixed_prefill
         for each in writing:
             if each.slot >= 0 and self._grow(each, each.length):  # it may have been put back for one before it
                 guesses = min((wanted or {}).get(each.id, 0), max(spare, 0), self._free_positions(each))

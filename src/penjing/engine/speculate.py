@@ -40,7 +40,7 @@ def look_up(tokens: Tokens, count: int) -> list[int]:
     """
     places = np.flatnonzero(tokens[:-1] == tokens[-1])
     length = 1
-    while length < LONGEST_MATCH:
+    while length < min(LONGEST_MATCH, len(tokens)):
         longer = places[places >= length]
         longer = longer[tokens[longer - length] == tokens[-1 - length]]
         if not len(longer):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from penjing import kernels, models
+from penjing.cli import main
 from penjing.engine.bench import bench, bytes_read_per_token
 from penjing.errors import BadInput
 
@@ -18,15 +19,19 @@ NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
 
 def test_json() -> None:
     program = [sys.executable, "-m", "penjing", "bench", NOVELIST, "--runs", "1", "--decode-tokens", "8", "--json"]
+    program += ["--contexts", "40,300", "--kv-cache-dtype", "int8"]
     answer = subprocess.run(program, capture_output=True, text=True, check=True)
     found = json.loads(answer.stdout)
     decode = found["decode_tokens_per_second"]
     assert decode.keys() == {"1", "8"}
+    assert found["decode_at_context"].keys() == {"40", "300"}
+    assert found["kv_cache_dtype"] == "int8"
     assert found["prefill_tokens"] == 512
-    assert min(found["prefill_tokens_per_second"], *decode.values(), found["load_seconds"]) > 0
+    speeds = (found["prefill_tokens_per_second"], *decode.values(), *found["decode_at_context"].values())
+    assert min(*speeds, found["load_seconds"]) > 0
     model = models.load(NOVELIST)
     assert found["weights_bytes"] == model.weights_bytes
-    read = model.weights_bytes + (16 + 4) * model.block_bytes("float16") / 32  # the head is the embedding
+    read = model.weights_bytes + (16 + 4) * model.block_bytes("int8") / 32  # the head is the embedding
     expected = read * decode["1"] / (found["bandwidth_gbps"] * 1e9)
     assert found["bandwidth_fraction"] == pytest.approx(expected, abs=2e-4)
     assert found["peak_rss_bytes"] > found["weights_bytes"]
@@ -40,8 +45,15 @@ def test_an_embedding_of_its_own_is_not_read() -> None:
     assert bytes_read_per_token(model, "float16", 10) == tied + head - model.embedding.nbytes
 
 
-def test_refusals() -> None:
+def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadInput, match="do not fit into its window of 1024"):
         bench(NOVELIST, decode_tokens=1020)
+    with pytest.raises(BadInput, match="1000 \\+ 64 tokens do not fit"):
+        bench(NOVELIST, contexts=[10, 1000])
+    with pytest.raises(SystemExit):
+        main(["bench", str(NOVELIST), "--contexts", "ten"])
+    assert "--contexts='ten': give numbers of tokens" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"contexts=\[0\]"):
+        bench(NOVELIST, contexts=[0])
     with pytest.raises(BadInput, match="runs=0"):
         bench(NOVELIST, runs=0)

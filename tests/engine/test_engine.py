@@ -117,6 +117,19 @@ def test_prompt_logprobs_across_chunks_and_beside_others() -> None:
     assert max(max(step) for step in model.steps) <= 8
 
 
+def test_a_scored_prompt_that_is_read_twice_is_scored_once() -> None:
+    one = engine(blocks=7, mixed_prefill=1)
+    prompt = list(range(1, 31)) * 5
+    one.add(request("writer", [5] * 10, 180, ignore_eos=True))
+    one.add(request("scored", prompt, 1, prompt_logprobs=0))
+    found = run(one)
+    assert one.stats().preemptions > 0
+    scores = found["scored"][0].prompt_logprobs
+    rows = [Toy().logits(prompt[: place + 1]).astype(np.float64) for place in range(149)]
+    expected = [row[token] - np.logaddexp.reduce(row) for row, token in zip(rows, prompt[1:], strict=True)]
+    np.testing.assert_allclose([score.chosen for score in scores], expected, atol=1e-5)
+
+
 def test_abort_in_the_queue_in_the_prompt_and_while_writing() -> None:
     one = engine(max_num_seqs=2)
     for name, prompt in (("writes", [1]), ("reads", [2] * 90), ("waits", [3]), ("stays", [4])):
@@ -151,14 +164,17 @@ def test_a_failing_model_fails_its_requests_and_nothing_else() -> None:
     assert tokens(run(one)["b"]) == Toy().text([1], 5)
 
 
-def test_damaged_logits_end_the_request() -> None:
+def test_damaged_logits_end_their_request_and_no_other() -> None:
     class Damaged(Toy):
         def row(self, first: int, length: int, history: bytes) -> np.ndarray:
-            return np.full(VOCABULARY, np.nan, np.float32)
+            return np.full(VOCABULARY, np.nan, np.float32) if first == 3 else super().row(first, length, history)
 
     one = engine(Damaged())
-    one.add(request("a", [1], 5))
-    assert "not finite" in run(one)["a"][0].error
+    one.add(request("damaged", [3], 5))
+    one.add(request("whole", [1], 5))
+    found = run(one)
+    assert "not finite" in found["damaged"][0].error
+    assert tokens(found["whole"]) == Toy().text([1], 5)
 
 
 def test_what_prompts_have_in_common_is_read_once() -> None:
@@ -185,6 +201,53 @@ def test_a_sequence_that_lost_its_memory_writes_the_same_text() -> None:
     for name, first in (("a", 3), ("b", 9), ("c", 20)):
         alone = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
         assert tokens(found[name]) == Toy().text([first] * 40, alone)
+
+
+def test_one_event_for_a_prompt_without_an_answer() -> None:
+    one = engine()
+    one.add(request("a", [1] * 20, 0, prompt_logprobs=0))
+    (event,) = run(one)["a"]
+    assert (event.tokens, event.finish_reason, len(event.prompt_logprobs)) == ([], "length", 19)
+
+
+def test_a_conversation_goes_on_from_its_cache() -> None:
+    one = engine()
+    first = list(range(1, 31))
+    answer = tokens(list(one.run(request("a", first, 18, ignore_eos=True))))
+    one.add(request("b", [*first, *answer, 9, 9], 4))
+    events = run(one)["b"]
+    assert events[0].cached_tokens == 32
+    assert tokens(events) == Toy().text([*first, *answer, 9, 9], 4)
+
+
+def test_what_was_cached_is_told_with_the_first_token() -> None:
+    one = engine()
+    text = list(range(1, 41))
+    for name, salt, cached in (("a", "", 0), ("b", "", 32), ("c", "other", 0), ("d", "other", 32)):
+        one.add(Request(name, text, SamplingParams(max_tokens=3, temperature=0), cache_salt=salt))
+        events = run(one)[name]
+        assert [event.cached_tokens for event in events] == [cached, 0, 0]
+    assert (one.stats().prefix_queries, one.stats().prefix_hits) == (160, 64)
+
+
+def test_priority_decides_who_comes_first() -> None:
+    one = engine(max_num_seqs=1, policy="priority")
+    for name, priority in (("a", 0), ("late", 5), ("b", 0), ("early", -1)):
+        one.add(Request(name, [1], SamplingParams(max_tokens=2, temperature=0), priority=priority))
+    assert list(run(one)) == ["early", "a", "b", "late"]
+
+
+def test_a_model_with_state_gets_a_slot_for_each() -> None:
+    model = Toy(state=True)
+    one = engine(model, prefix_caching=False, blocks=6)
+    for index in range(6):
+        one.add(request(str(index), [index] * 50, 60, ignore_eos=True))
+    found = run(one)
+    assert one.stats().preemptions > 0
+    for index in range(6):
+        assert tokens(found[str(index)]) == Toy().text(
+            [index] * 50, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+        )
 
 
 def test_refusals() -> None:

@@ -267,6 +267,9 @@ def test_what_cannot_be_started_is_said_in_one_line(tmp_path: Path, capfd: pytes
             ((NOVELIST, "--port", 0, "--memory-budget", "lots"), 2, "give a size such as 4GiB"),
             ((NOVELIST, "--port", 0, "--max-model-len", 5000), 2, "positions for 1024"),
             ((NOVELIST, "--kv-cache-dtype", "fp8"), 2, "known: auto, bfloat16, float16"),
+            ((NOVELIST, "--scheduling-policy", "random"), 2, "give fcfs or priority"),
+            ((NOVELIST, "--port", 0, "--speculative", tmp_path / "nothing"), 2, "there is no such folder"),
+            ((NOVELIST, "--port", 0, "--speculative", NOVELIST, "--memory-budget", "200MiB"), 1, "memory budget is"),
             ((NOVELIST, "--chat-template", tmp_path / "no.jinja"), 2, "No such file"),
         ]:
             with pytest.raises(SystemExit) as ended:

@@ -15,6 +15,9 @@ def bench(
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
     runs: int = typer.Option(5, min=1, help="Runs of each measurement; the median counts."),
     decode_tokens: int = typer.Option(64, min=2, help="Tokens that each stream writes."),
+    contexts: str | None = typer.Option(
+        None, metavar="N,…", help="Decode one stream after prompts of these lengths as well, e.g. 100,4000."
+    ),
     kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
@@ -33,6 +36,7 @@ def bench(
             threads=threads,
             runs=runs,
             decode_tokens=decode_tokens,
+            contexts=_lengths(contexts),
             kv_cache_dtype=kv_cache_dtype,
             progress=progress,
         )
@@ -42,6 +46,15 @@ def bench(
         _print_table(result)
 
 
+def _lengths(written: str | None) -> list[int]:
+    from ..errors import BadInput
+
+    try:
+        return [int(each) for each in written.split(",")] if written else []
+    except ValueError:
+        raise BadInput(f"--contexts={written!r}: give numbers of tokens, e.g. 100,4000") from None
+
+
 def _print_table(result: Benchmark) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -49,6 +62,7 @@ def _print_table(result: Benchmark) -> None:
     table = Table("", "tokens/s", "least – most")
     rows = {f"prefill, {result.prefill_tokens} tokens": result.prefill}
     rows |= {f"decode, {streams} stream{'s' * (streams > 1)}": each for streams, each in result.decode.items()}
+    rows |= {f"decode after {length:,} tokens": each for length, each in result.decode_at_context.items()}
     for name, each in rows.items():
         table.add_row(name, f"{each.median:.1f}", f"{each.low:.1f} – {each.high:.1f}")
     console = Console()

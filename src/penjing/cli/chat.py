@@ -23,6 +23,12 @@ def chat(
     top_p: float = typer.Option(0.95, min=0, max=1),
     max_tokens: int = typer.Option(256, min=1, help="Longest answer."),
     seed: int | None = typer.Option(None, help="For answers that can be repeated."),
+    kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
+    memory_budget: str | None = typer.Option(None, metavar="SIZE", help="For weights and cache, e.g. 4GiB."),
+    speculative: str | None = typer.Option(
+        None, metavar="prompt|MODEL", help="Guess ahead from the prompt, or by a smaller copy of the model; same text."
+    ),
+    num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
     chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object: the conversation, when it is over."),
@@ -38,8 +44,18 @@ def chat(
     from ..engine.process import load
     from ..models.tokenizer import Tokenizer
     from ..serve.prompts import Prompts
+    from ._common import parse_size
 
-    engine, _ = load(Load(folder=model, max_num_seqs=1, threads=threads))
+    settings = Load(
+        folder=model,
+        max_num_seqs=1,
+        memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
+        kv_cache_dtype=kv_cache_dtype,
+        speculative=speculative,
+        num_speculative_tokens=num_speculative_tokens,
+        threads=threads,
+    )
+    engine, _ = load(settings)
     bos = engine.model.config.bos_token_id
     prompts = Prompts(Tokenizer(model), bos, Path(chat_template) if chat_template else None)
     params = SamplingParams(

@@ -43,11 +43,14 @@ class Benchmark:
 
     decode: number of streams → speed of all of them together.  bandwidth_fraction: what one stream reads a second
     (weights, and its cache at its mean length) over what memory gives.  prefill_tokens: length of the prompt, 512 or as
-    much as the model's window takes.  peak_rss_bytes: of this process.
+    much as the model's window takes.  decode_at_context: tokens that one stream has before it → its speed.
+    peak_rss_bytes: of this process.
     """
 
     prefill: Spread
     decode: dict[int, Spread]
+    decode_at_context: dict[int, Spread]
+    kv_cache_dtype: str
     prefill_tokens: int
     decode_tokens: int
     runs: int
@@ -61,8 +64,7 @@ class Benchmark:
     def to_dict(self) -> dict[str, Any]:
         """As `penjing bench --json` prints it."""
         return {
-            "prefill_tokens_per_second": round(self.prefill.median, 2),
-            "decode_tokens_per_second": {str(n): round(each.median, 2) for n, each in self.decode.items()},
+            **self._speeds(),
             "weights_bytes": self.weights_bytes,
             "bandwidth_fraction": round(self.bandwidth_fraction, 4),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -77,8 +79,19 @@ class Benchmark:
             "decode_tokens": self.decode_tokens,
             "runs": self.runs,
             "threads": self.threads,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "bandwidth_gbps": self.bandwidth_gbps,
         }
+
+    def _speeds(self) -> dict[str, Any]:
+        def medians(spreads: dict[int, Spread]) -> dict[str, float]:
+            return {str(number): round(each.median, 2) for number, each in spreads.items()}
+
+        speeds: dict[str, Any] = {
+            "prefill_tokens_per_second": round(self.prefill.median, 2),
+            "decode_tokens_per_second": medians(self.decode),
+        }
+        return speeds | ({"decode_at_context": medians(self.decode_at_context)} if self.decode_at_context else {})
 
 
 def bench(
@@ -87,17 +100,21 @@ def bench(
     threads: int | None = None,
     runs: int = 5,
     decode_tokens: int = 64,
+    contexts: Sequence[int] = (),
     kv_cache_dtype: str = "auto",
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> Benchmark:
     """Measure prefill of a 512-token prompt and decode of 1 and of 8 streams: the median of ``runs``, greedy.
 
     threads: all cores by default.  decode_tokens: written in each stream, after a prompt of 16.
-    kv_cache_dtype: as for `serve`.
+    contexts: lengths of prompts after which one stream is measured as well.  kv_cache_dtype: as for `serve`.
     Raises BadInput if the model's window is too short for that.
     """
-    if runs < 1 or decode_tokens < 2:
-        raise BadInput(f"runs={runs}, decode_tokens={decode_tokens}: at least one run of two tokens is needed")
+    if runs < 1 or decode_tokens < 2 or min(contexts, default=1) < 1:
+        raise BadInput(
+            f"runs={runs}, decode_tokens={decode_tokens}, contexts={list(contexts)}: "
+            "at least one run of two tokens after one is needed"
+        )
     threads = threads or hardware.cores()
     settings = Load(
         folder=str(model),
@@ -105,24 +122,28 @@ def bench(
         max_num_batched_tokens=PREFILL_TOKENS,
         threads=threads,
         kv_cache_dtype=kv_cache_dtype,
-        enable_prefix_caching=False,
     )
     engine, ready = load(settings)
     window = engine.limits.max_model_len
-    if window < DECODE_PROMPT + decode_tokens:
-        raise BadInput(f"{model}: {DECODE_PROMPT} + {decode_tokens} tokens do not fit into its window of {window}")
+    longest = max([DECODE_PROMPT, *contexts])
+    if window < longest + decode_tokens:
+        raise BadInput(f"{model}: {longest} + {decode_tokens} tokens do not fit into its window of {window}")
     prompt_length = min(PREFILL_TOKENS, window - 1)
-    total = runs * (1 + len(STREAMS)) + 1
+    total = runs * (1 + len(STREAMS) + len(contexts)) + 1
     done = iter(range(1, total + 1))
     prefill: list[float] = []
     decode: dict[int, list[float]] = {streams: [] for streams in STREAMS}
+    at_context: dict[int, list[float]] = {length: [] for length in contexts}
     _decode(engine, 1, 2)  # pages touched, threads started
     progress(next(done), total)
-    for _ in range(runs):  # alternating, so that a slow moment of the machine meets all of them
-        prefill.append(_prefill(engine, prompt_length))
+    for run in range(runs):  # alternating, so that a slow moment of the machine meets all of them
+        prefill.append(_prefill(engine, prompt_length, run))
         progress(next(done), total)
         for streams in STREAMS:
             decode[streams].append(_decode(engine, streams, decode_tokens))
+            progress(next(done), total)
+        for length in contexts:
+            at_context[length].append(_decode(engine, 1, decode_tokens, prompt=length))
             progress(next(done), total)
     single = Spread.of(decode[1])
     peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffers
@@ -131,6 +152,8 @@ def bench(
     return Benchmark(
         prefill=Spread.of(prefill),
         decode={streams: Spread.of(values) for streams, values in decode.items()},
+        decode_at_context={length: Spread.of(values) for length, values in at_context.items()},
+        kv_cache_dtype=ready.kv_cache_dtype,
         prefill_tokens=prompt_length,
         decode_tokens=decode_tokens,
         runs=runs,
@@ -143,20 +166,24 @@ def bench(
     )
 
 
-def _prefill(engine: Engine, length: int) -> float:
-    """Tokens per second from the request to its first token."""
-    prompt = _random_tokens(engine, length)
+def _prefill(engine: Engine, length: int, run: int) -> float:
+    """Tokens per second from the request to its first token; no run finds the prompt of another in the cache."""
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    request = Request("prefill", _random_tokens(engine, length), params, cache_salt=f"run {run}")
     start = time.perf_counter()
-    for _ in engine.run(Request("prefill", prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))):
+    for _ in engine.run(request):
         pass
     return length / (time.perf_counter() - start)
 
 
-def _decode(engine: Engine, streams: int, tokens: int) -> float:
-    """Tokens per second of all streams, from the moment when each has its first."""
+def _decode(engine: Engine, streams: int, tokens: int, prompt: int = DECODE_PROMPT) -> float:
+    """Tokens per second of all streams, from the moment when each has its first.
+
+    A long prompt is in the cache from the second run on, so that not much of the time goes into reading it again.
+    """
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     for stream in range(streams):
-        engine.add(Request(f"decode-{stream}", _random_tokens(engine, DECODE_PROMPT, seed=stream), params))
+        engine.add(Request(f"decode-{stream}", _random_tokens(engine, prompt, seed=stream), params))
     written = 0
     while written < streams:
         written += sum(len(event.tokens) for event in engine.step())

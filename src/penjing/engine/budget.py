@@ -54,7 +54,7 @@ class Sizes:
             self.weights + other.weights,
             self.block + other.block,
             self.state + other.state,
-            max(self.step, other.step),
+            self.step + other.step,  # each keeps what it works in for its next step
         )
 
 

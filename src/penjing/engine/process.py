@@ -80,14 +80,19 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     checkpoint = open_checkpoint(settings.folder)
     config = read_config(checkpoint)
     stored = stored_bytes(checkpoint)
-    budget.check_weights(stored, total)
+    drafts = open_checkpoint(settings.speculative) if settings.speculative not in (None, "prompt") else None
+    if settings.speculative and config.state_bytes:
+        raise Unsupported(
+            f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
+            "leave --speculative away"
+        )
+    budget.check_weights(stored + (stored_bytes(drafts) if drafts else 0), total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
     model = load_model(checkpoint, threads=settings.threads, length=settings.max_model_len)
     sizes = Sizes.of(model, settings, kv_type)
-    draft = None
-    if settings.speculative not in (None, "prompt"):
-        draft = load_model(settings.speculative)
+    draft = load_model(drafts, length=settings.max_model_len) if drafts else None
+    if draft is not None:
         sizes += Sizes.of(draft, settings, kv_type)
     limits, _ = budget.limits(settings, config, sizes, total)
     for each in filter(None, (model, draft)):
@@ -107,11 +112,6 @@ def load(settings: Load) -> tuple[Engine, Ready]:
 def _speculation(settings: Load, limits: Limits, model: StepModel, draft: StepModel | None) -> Speculation | None:
     if settings.speculative is None:
         return None
-    if model.has_state:
-        raise Unsupported(
-            f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
-            "leave --speculative away"
-        )
     guesser: Guesser = PromptLookup()
     if draft is not None:
         guesser = Draft(draft, model, limits.max_model_len, limits.max_num_batched_tokens)

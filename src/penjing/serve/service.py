@@ -57,11 +57,9 @@ class Job:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompts, each counted once however many choices there are."""
-        found: dict[int, int] = {}
-        for request, choice in zip(self.requests, self.choices, strict=True):
-            found[id(request.prompt)] = max(found.get(id(request.prompt), 0), choice.cached_tokens)
-        return sum(found.values())
+        """Of the prompts; what the other choices of a prompt find is what the first has just read."""
+        pairs = zip(self.requests, self.choices, strict=True)
+        return sum(choice.cached_tokens for request, choice in pairs if request.params.choice == 0)
 
 
 class Service:

@@ -12,7 +12,6 @@ void integer(nb::module_ &m);
 void formats(nb::module_ &m);
 void decoder(nb::module_ &m);
 void elements(nb::module_ &m);
-void parts(nb::module_ &m);
 void kv(nb::module_ &m);
 void sample(nb::module_ &m);
 } // namespace penjing::bindings
@@ -28,7 +27,6 @@ NB_MODULE(_native, m) {
   penjing::bindings::formats(m);
   penjing::bindings::decoder(m);
   penjing::bindings::elements(m);
-  penjing::bindings::parts(m);
   penjing::bindings::kv(m);
   penjing::bindings::sample(m);
 }

@@ -1,189 +1,309 @@
-// Attention and the gate of the MLP: what of a decoder is not a product with a weight.
+// Attention over a paged cache: online softmax (Milakov and Gimelshein, arXiv 1805.02867), block by block of keys, for
+// some rows (query, head of the group) at a time.
+//
+// What a row's result is made of, and in which order, depends on its position alone: blocks and spans of them lie at
+// multiples of their size, and every sum goes over elements or positions in ascending order. So the rows that happen
+// to be computed beside it change no bit.
+#include "kernels/cache.h"
 #include "kernels/exponential.h"
-#include "kernels/kernels.h"
-#include "kernels/simd.h"
 
 namespace penjing::PENJING_ISA {
 namespace {
 
-constexpr int tile = 64;             // keys looked at together
-constexpr int panels = tile / lanes; // of sixteen keys: [element][16]
-constexpr int vectors = max_head_dim / lanes;
+constexpr int panels = kv_tokens / lanes;
 constexpr float infinite = __builtin_inff();
+#if defined(__AVX512VNNI__)
+constexpr int most_rows = 8, accumulators = 16, abreast = 2; // abreast: panels of keys that are scored together
+#else
+constexpr int most_rows = 6, accumulators = 6, abreast = 1;
+#endif
 
-struct Scratch {
-  float keys[panels * max_head_dim * lanes];
-  float queries[attention_rows * max_head_dim];
-  float mixed[attention_rows * max_head_dim];
-  float weights[attention_rows * tile];
-  float greatest[attention_rows], total[attention_rows];
+PENJING_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+PENJING_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+PENJING_INLINE int within(int64_t x, int least, int most) { return static_cast<int>(lesser(greater(x, least), most)); }
+
+struct Range {
+  int from, to;
+  bool empty() const { return from >= to; }
+  bool operator==(const Range &) const = default;
 };
 
-Scratch &scratch() {
-  alignas(64) static thread_local Scratch memory;
-  return memory;
+// The rows [begin, begin + count) of a call, and what is known of them so far.
+struct Rows {
+  const CachedAttention &a;
+  int64_t begin;
+  int count;
+  float *queries;          // scaled; rows that are computed together as [element][row]
+  float *mixed;            // [row][value_stride]
+  float *weights;          // [row][span]: scores, then what each position weighs
+  float *total;            // [row][16]
+  float *greatest;         // score
+  float *highest, *factor; // of a span; what earlier sums shrink by
+  float *tile;
+
+  int64_t position(int row) const { return a.start + (begin + row) / a.group; }
+  // Positions that a row sees, less `first`, of those in [first, first + size).
+  Range seen(int row, int64_t first, int size) const {
+    const int64_t at = position(row) - first;
+    return {a.window ? within(at - a.window + 1, 0, size) : 0, within(at + 1, 0, size)};
+  }
+  // Rows that see any position of a block.
+  Range seeing(int64_t block) const {
+    const int64_t first = (block - a.start) * a.group - begin;
+    const int64_t end = a.window ? (block + kv_tokens - 1 + a.window - a.start) * a.group - begin : count;
+    return {within(first, 0, count), within(end, 0, count)};
+  }
+  const uint8_t *part(int64_t block) const { return a.cache + a.table[block / kv_tokens] * a.block_bytes; }
+};
+
+// Calls use(row, Count<rows>) for each group of rows that are computed together, and has a row in `some`.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <class Use>
+PENJING_INLINE void each_group(int count, Range some, Use use) {
+  for (int row = 0; row < count && row < some.to;) {
+    const int left = count - row, size = left >= most_rows ? most_rows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    if (row + size > some.from)
+      switch (size) {
+      case most_rows: use(row, Count<most_rows>()); break;
+      case 4: use(row, Count<4>()); break;
+      case 2: use(row, Count<2>()); break;
+      default: use(row, Count<1>());
+      }
+    row += size;
+  }
 }
 
-PENJING_INLINE int lesser(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
-PENJING_INLINE int greater(int64_t a, int64_t b) { return static_cast<int>(a > b ? a : b); }
-
-PENJING_INLINE float sum(const F16 &v) {
-  float each[lanes];
-  store(each, v);
-  for (int half = lanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i)
-      each[i] += each[i + half];
-  return each[0];
-}
-
-// Keys as panels, so that one vector holds an element of sixteen keys; keys beyond `count` are zeros.
-void transpose(const float *keys, int count, int d, float *panel) {
-  for (int first = 0; first < tile; first += lanes, panel += d * lanes)
-    for (int i = 0; i < lanes; ++i)
+void prepare(const Rows &s) {
+  const CachedAttention &a = s.a;
+  const int d = a.head.key_dim;
+  const float scale = a.softcap ? a.scale / a.softcap : a.scale;
+  each_group(s.count, {0, s.count}, [&](int row, auto size) {
+    for (int r = 0; r < size.value; ++r) {
+      const int64_t at = s.begin + row + r;
+      const float *query = a.queries + at / a.group * a.query_stride + at % a.group * d;
       for (int c = 0; c < d; ++c)
-        panel[c * lanes + i] = first + i < count ? keys[(first + i) * d + c] : 0;
+        s.queries[row * d + c * size.value + r] = query[c] * scale;
+    }
+  });
+  for (int i = 0; i < s.count * a.head.value_stride; i += lanes)
+    store(s.mixed + i, zero());
+  for (int row = 0; row < s.count; ++row) { // a sink is a position already seen, whose value is zero
+    s.greatest[row] = a.sinks ? a.sinks[(s.begin + row) % a.group] : -infinite;
+    store(s.total + row * lanes, zero());
+    s.total[row * lanes] = a.sinks ? 1 : 0;
+  }
 }
 
-// weights[row][key] = query · key.
+// The sums of `score` and `mix` stay in registers only if every loop over them is unrolled; else GCC stores them all.
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < count; ++i)
+
+// weights[row][position] = query · key, for `abreast` panels.
 template <int rows>
-void score(const float *queries, const float *panel, int d, float *weights) {
-  F16 s[rows][panels];
-  for (auto &row : s)
-    for (F16 &v : row)
-      v = zero();
-  for (int c = 0; c < d; ++c) {
-    F16 key[panels];
-    for (int i = 0; i < panels; ++i)
-      key[i] = load(panel + (i * d + c) * lanes);
-    for (int r = 0; r < rows; ++r) {
-      const F16 query = splat(queries[r * d + c]);
-      for (int i = 0; i < panels; ++i)
-        s[r][i] = fma(key[i], query, s[r][i]);
+void score(const float *queries, const float *keys, int d, int key_rows, float *weights) {
+  F16 s[rows][abreast];
+  EACH(r, rows) EACH(i, abreast) s[r][i] = zero();
+  for (int c = 0; c < d; ++c, queries += rows, keys += lanes) {
+    F16 key[abreast];
+    EACH(i, abreast) key[i] = load(keys + i * key_rows * lanes);
+    EACH(r, rows) {
+      const F16 query = splat(queries[r]);
+      EACH(i, abreast) s[r][i] = fma(key[i], query, s[r][i]);
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < panels; ++i)
-      store(weights + r * tile + i * lanes, s[r][i]);
+  EACH(r, rows) EACH(i, abreast) store(weights + r * span_tokens + i * lanes, s[r][i]);
 }
 
-// Scores of one row → what each key weighs, for the keys [from, to) of the tile, and 0 for the others; returns what
-// earlier sums shrink by. A NaN is never the highest, and spoils the sums.
-float soften(float *weights, int from, int to, float *greatest_yet, float *total) {
-  float highest = -infinite;
-  for (int key = from; key < to; ++key)
-    highest = weights[key] > highest ? weights[key] : highest;
-  const float now = *greatest_yet > highest ? *greatest_yet : highest;
-  float shrink[lanes];
-  store(shrink, exponential(splat(*greatest_yet - now)));
-  const float factor = *greatest_yet == -infinite ? 0 : shrink[0];
-  F16 sums = zero();
-  for (int i = 0; i < panels; ++i) {
-    const int low = greater(0, from - i * lanes), high = greater(0, lesser(lanes, to - i * lanes));
-    const uint32_t mask = low < high ? (0xffffu >> (lanes - high)) & ~((1u << low) - 1) : 0;
-    const F16 e = keep(mask, exponential(sub(load(weights + i * lanes), splat(now))));
+// Lanes of a panel that a row sees.
+PENJING_INLINE uint32_t lanes_of(Range seen, int panel) {
+  if (seen.from <= panel * lanes && (panel + 1) * lanes <= seen.to)
+    return 0xffff;
+  const int low = within(seen.from - panel * lanes, 0, lanes), high = within(seen.to - panel * lanes, 0, lanes);
+  return low < high ? (0xffffu >> (lanes - high)) & ~((1u << low) - 1) : 0;
+}
+
+// The highest score that a row sees in a span; caps them first. A NaN is never the highest.
+float summit(float *scores, Range seen, float softcap) {
+  F16 high = splat(-infinite);
+  for (int i = seen.from / lanes; i * lanes < seen.to; ++i) {
+    F16 s = load(scores + i * lanes);
+    if (softcap) {
+      s = mul(tanh(s), splat(softcap));
+      store(scores + i * lanes, s);
+    }
+    const uint32_t mask = lanes_of(seen, i);
+    if (mask != 0xffff)
+      s = add(s, keep(~mask & 0xffff, splat(-infinite)));
+    high = max(s, high);
+  }
+  return greatest(high);
+}
+
+// Scores of one row → what each position weighs, 0 for those not seen, for the positions of a span in `all`.
+void weigh(float *weights, Range all, Range seen, float greatest, float *total) {
+  F16 sums = load(total);
+  for (int i = all.from / lanes; i * lanes < all.to; ++i) {
+    const uint32_t mask = lanes_of(seen, i);
+    F16 e = zero();
+    if (mask) {
+      e = exponential(sub(load(weights + i * lanes), splat(greatest)));
+      if (mask != 0xffff) // a score that is not seen may be anything
+        e = keep(mask, e);
+      sums = add(sums, e);
+    }
     store(weights + i * lanes, e);
-    sums = add(sums, e);
   }
-  *greatest_yet = now;
-  *total = *total * factor + sum(sums);
-  return factor;
+  store(total, sums);
 }
 
-// mixed[row] += Σ weights[row][key] · values[key], for `count` vectors of elements from `begin` on.
+// All rows, for the positions of the span in `all`.
+void soften(const Rows &s, int64_t span, Range all) {
+  for (int row = 0; row < s.count; ++row) {
+    const Range seen = s.seen(row, span, span_tokens);
+    s.highest[row] = seen.empty() ? -infinite : summit(s.weights + row * span_tokens, seen, s.a.softcap);
+  }
+  for (int row = 0; row < s.count; row += lanes) {
+    const F16 before = load(s.greatest + row), now = max(load(s.highest + row), before);
+    store(s.factor + row, exponential(sub(before, now)));
+    store(s.greatest + row, now);
+  }
+  const int stride = s.a.head.value_stride;
+  for (int row = 0; row < s.count; ++row) {
+    const Range seen = s.seen(row, span, span_tokens);
+    float *total = s.total + row * lanes, *mixed = s.mixed + row * stride;
+    if (!seen.empty() && s.factor[row] != 1) {
+      const F16 factor = splat(s.factor[row]);
+      store(total, mul(load(total), factor));
+      for (int c = 0; c < stride; c += lanes)
+        store(mixed + c, mul(load(mixed + c), factor));
+    }
+    weigh(s.weights + row * span_tokens, all, seen, s.greatest[row], total);
+  }
+}
+
+// mixed[row] += Σ weights[row][position] · values[position], for `count` vectors of elements.
 template <int rows, int count>
-void mix(const float *weights, const float *values, int keys, int d, int begin, float *mixed) {
-  const int last = lesser(lanes, d - begin - (count - 1) * lanes);
+PENJING_INLINE void mix(const float *weights, const float *values, Range some, int stride, float *mixed) {
   F16 s[rows][count];
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < count; ++i)
-      s[r][i] = load(mixed + r * max_head_dim + begin + i * lanes);
-  for (int key = 0; key < keys; ++key) {
-    const float *value = values + key * d + begin;
+  EACH(r, rows) EACH(i, count) s[r][i] = load(mixed + r * stride + i * lanes);
+  for (int position = some.from; position < some.to; ++position) {
     F16 v[count];
-    for (int i = 0; i < count; ++i)
-      v[i] = i + 1 < count || last == lanes ? load(value + i * lanes) : load(value + i * lanes, last);
-    for (int r = 0; r < rows; ++r) {
-      const F16 weight = splat(weights[r * tile + key]);
-      for (int i = 0; i < count; ++i)
-        s[r][i] = fma(v[i], weight, s[r][i]);
+    EACH(i, count) v[i] = load(values + position * stride + i * lanes);
+    EACH(r, rows) {
+      const F16 weight = splat(weights[r * span_tokens + position]);
+      EACH(i, count) s[r][i] = fma(v[i], weight, s[r][i]);
     }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < count; ++i)
-      store(mixed + r * max_head_dim + begin + i * lanes, s[r][i]);
+  EACH(r, rows) EACH(i, count) store(mixed + r * stride + i * lanes, s[r][i]);
 }
 
-template <int rows>
-void mix_all(const float *weights, const float *values, int keys, int d, float *mixed) {
-  int begin = 0;
-  for (; begin + 4 * lanes <= d; begin += 4 * lanes)
-    mix<rows, 4>(weights, values, keys, d, begin, mixed);
-  for (; begin < d; begin += lanes)
-    mix<rows, 1>(weights, values, keys, d, begin, mixed);
+template <int rows, int count = accumulators / rows>
+void mix_all(const float *weights, const float *values, Range some, int stride, float *mixed, int begin = 0) {
+  for (; begin + count * lanes <= stride; begin += count * lanes)
+    mix<rows, count>(weights, values + begin, some, stride, mixed + begin);
+  if constexpr (count > 1)
+    mix_all<rows, count / 2>(weights, values, some, stride, mixed, begin);
+}
+
+bool finite(const float *values, int64_t n) {
+  F16 none = zero();
+  for (int64_t i = 0; i < n; i += lanes)
+    none = add(none, sub(load(values + i), load(values + i)));
+  float each[lanes], sum = 0;
+  store(each, none);
+  for (float x : each)
+    sum += x;
+  return sum == 0;
+}
+
+// A weight of 0 does not hide a value that is infinite or a NaN: where rows see different positions, and there is such
+// a value, each row goes alone.
+void mix_block(const Rows &s, int64_t block, int offset) {
+  const int stride = s.a.head.value_stride;
+  const Range some = s.seeing(block);
+  const Range all = {s.seen(some.from, block, kv_tokens).from, s.seen(some.to - 1, block, kv_tokens).to};
+  const float *values = float_values(s.a.head, s.part(block), all.to, s.tile);
+  int known = -1; // are all values finite?
+  each_group(s.count, some, [&](int row, auto size) {
+    const float *weights = s.weights + row * span_tokens + offset;
+    float *mixed = s.mixed + row * stride;
+    const Range first = s.seen(row, block, kv_tokens), last = s.seen(row + size.value - 1, block, kv_tokens);
+    const Range both = {first.from, last.to};
+    if (!(first == last) && known < 0)
+      known = finite(values + all.from * stride, (all.to - all.from) * stride);
+    if (first == last || known)
+      return mix_all<size.value>(weights, values, both, stride, mixed);
+    for (int r = 0; r < size.value; ++r)
+      mix_all<1>(weights + r * span_tokens, values, s.seen(row + r, block, kv_tokens), stride, mixed + r * stride);
+  });
+}
+
+// Memory is slower than a block takes when it has few rows, and blocks are too short for the processor to foresee
+// them: values are asked for while their keys are scored, keys while the span before is mixed.
+PENJING_INLINE void prefetch(const uint8_t *from, int64_t bytes) {
+  constexpr int64_t line = 64;
+  for (int64_t i = 0; i < bytes; i += line)
+    __builtin_prefetch(from + i);
+}
+
+void score_block(const Rows &s, int64_t block, int offset) {
+  const KvHead &h = s.a.head;
+  const Range some = s.seeing(block);
+  const int wanted = (s.seen(some.to - 1, block, kv_tokens).to + lanes - 1) / lanes;
+  const float *keys = float_keys(h, s.part(block), wanted, s.tile);
+  each_group(s.count, some, [&](int row, auto size) {
+    for (int panel = 0; panel < wanted; panel += abreast)
+      score<size.value>(s.queries + row * h.key_dim, keys + panel * h.key_rows * lanes, h.key_dim, h.key_rows,
+                        s.weights + row * span_tokens + offset + panel * lanes);
+  });
+}
+
+void finish(const Rows &s) {
+  const CachedAttention &a = s.a;
+  for (int row = 0; row < s.count; ++row) {
+    const int64_t at = s.begin + row;
+    float *out = a.out + at / a.group * a.out_stride + at % a.group * a.head.value_dim;
+    float *each = s.total + row * lanes;
+    for (int half = lanes / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i)
+        each[i] += each[i + half];
+    for (int c = 0; c < a.head.value_dim; ++c)
+      out[c] = s.mixed[row * a.head.value_stride + c] / each[0];
+  }
 }
 
 } // namespace
 
-// Online softmax (Milakov and Gimelshein, arXiv 1805.02867), tile by tile of keys, for rows (query, head of the group).
-void attend(const Attention &a, int64_t kv_head, int64_t row_begin, int64_t row_end) {
-  Scratch &s = scratch();
-  const int d = static_cast<int>(a.head_dim), rows = static_cast<int>(row_end - row_begin);
-  const int64_t group = a.heads / a.kv_heads, past = a.length - a.n;
-  const auto offset = [&](int r) { // of a row's query and result
-    const int64_t row = row_begin + r;
-    return (row / group * a.heads + kv_head * group + row % group) * a.head_dim;
+void attend_cached(const CachedAttention &a, int64_t row_begin, int64_t row_end, float *memory) {
+  const auto take = [&](int64_t floats) {
+    float *taken = memory;
+    memory += (floats + lanes - 1) / lanes * lanes;
+    return taken;
   };
-  const auto position = [&](int r) { return past + (row_begin + r) / group; };
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < d; ++c)
-      s.queries[r * d + c] = a.queries[offset(r) + c] * a.scale;
-    for (int c = 0; c < vectors * lanes; ++c)
-      s.mixed[r * max_head_dim + c] = 0;
-    s.greatest[r] = -infinite;
-    s.total[r] = 0;
-  }
-  const float *keys = a.keys + kv_head * a.head_stride, *values = a.values + kv_head * a.head_stride;
-  const int64_t first = a.window && position(0) >= a.window ? position(0) - a.window + 1 : 0;
-  for (int64_t begin = first; begin <= position(rows - 1); begin += tile) {
-    const int count = lesser(tile, position(rows - 1) + 1 - begin);
-    transpose(keys + begin * d, count, d, s.keys);
-    int r = 0;
-    for (; r + 4 <= rows; r += 4)
-      score<4>(s.queries + r * d, s.keys, d, s.weights + r * tile);
-    for (; r < rows; ++r)
-      score<1>(s.queries + r * d, s.keys, d, s.weights + r * tile);
-    for (r = 0; r < rows; ++r) {
-      const int64_t at = position(r);
-      const int from = a.window ? greater(0, at - a.window + 1 - begin) : 0, to = lesser(count, at + 1 - begin);
-      if (from >= to) {
-        for (int key = 0; key < tile; ++key)
-          s.weights[r * tile + key] = 0;
-        continue;
-      }
-      const F16 factor = splat(soften(s.weights + r * tile, from, to, s.greatest + r, s.total + r));
-      for (int c = 0; c < d; c += lanes)
-        store(s.mixed + r * max_head_dim + c, mul(load(s.mixed + r * max_head_dim + c), factor));
+  const int count = static_cast<int>(row_end - row_begin), stride = a.head.value_stride;
+  float *queries = take(count * a.head.key_dim), *mixed = take(count * stride);
+  float *weights = take(count * span_tokens), *total = take(count * lanes);
+  float *greatest = take(count), *highest = take(count), *factor = take(count);
+  const Rows s{a, row_begin, count, queries, mixed, weights, total, greatest, highest, factor, memory};
+  prepare(s);
+  const int64_t end = s.position(count - 1) + 1;
+  const int64_t begin = a.window ? greater(0, s.position(0) - a.window + 1) / kv_tokens * kv_tokens : 0;
+  for (int64_t span = begin / span_tokens * span_tokens; span < end; span += span_tokens) {
+    const Range all = {within(begin - span, 0, span_tokens), within(end - span, 0, span_tokens)};
+    for (int at = all.from; at < all.to; at += kv_tokens) {
+      prefetch(s.part(span + at) + a.head.values, a.head.bytes - a.head.values);
+      score_block(s, span + at, at);
     }
-    for (r = 0; r + 4 <= rows; r += 4)
-      mix_all<4>(s.weights + r * tile, values + begin * d, count, d, s.mixed + r * max_head_dim);
-    for (; r < rows; ++r)
-      mix_all<1>(s.weights + r * tile, values + begin * d, count, d, s.mixed + r * max_head_dim);
+    soften(s, span, all);
+    for (int at = all.from; at < all.to; at += kv_tokens) {
+      if (const int64_t next = span + at + span_tokens; next < end)
+        prefetch(s.part(next), a.head.values);
+      mix_block(s, span + at, at);
+    }
   }
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < d; ++c)
-      a.out[offset(r) + c] = s.mixed[r * max_head_dim + c] / s.total[r];
-}
-
-// out = gate · sigmoid(gate) · up.
-void gated(const float *gate, const float *up, int64_t n, float *out) {
-  for (int64_t i = 0; i < n; i += lanes) {
-    const int left = lesser(lanes, n - i);
-    const F16 g = left == lanes ? load(gate + i) : load(gate + i, left);
-    const F16 u = left == lanes ? load(up + i) : load(up + i, left);
-    const F16 e = exponential(min(splat(87), sub(zero(), g)));
-    const F16 y = mul(div(g, add(e, splat(1))), u);
-    left == lanes ? store(out + i, y) : store(out + i, y, left);
-  }
+  finish(s);
 }
 
 } // namespace penjing::PENJING_ISA

@@ -18,10 +18,8 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::group_product)> group_product;                                                            \
   Function<decltype(Kernels::group_panel)> group_panel;                                                                \
   Function<decltype(Kernels::encode_segments)> encode_segments;                                                        \
-  Function<decltype(Kernels::attend)> attend;                                                                          \
   Function<decltype(Kernels::attend_cached)> attend_cached;                                                            \
   Function<decltype(Kernels::write_cached)> write_cached;                                                              \
-  Function<decltype(Kernels::gated)> gated;                                                                            \
   Function<decltype(Kernels::block_maxima)> block_maxima;                                                              \
   Function<decltype(Kernels::softmax_weights)> softmax_weights;                                                        \
   Function<decltype(Kernels::softmax_sums)> softmax_sums;                                                              \
@@ -36,10 +34,11 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::has_nonfinite)> has_nonfinite;                                                            \
   Function<decltype(Kernels::compress)> compress;                                                                      \
   Function<decltype(Kernels::expand)> expand;                                                                          \
-  constexpr Kernels table = {float_product, decode_panel,  int8_product, group_product, group_panel,  encode_segments, \
-                             attend,        attend_cached, write_cached, gated,         block_maxima, softmax_weights, \
-                             softmax_sums,  range,         encode_bytes, encode_quads,  to_float,     group_ranges,    \
-                             encode_groups, pack,          unpack,       has_nonfinite, compress,     expand};         \
+  constexpr Kernels table = {float_product,   decode_panel,  int8_product, group_product, group_panel,                 \
+                             encode_segments, attend_cached, write_cached, block_maxima,  softmax_weights,             \
+                             softmax_sums,    range,         encode_bytes, encode_quads,  to_float,                    \
+                             group_ranges,    encode_groups, pack,         unpack,        has_nonfinite,               \
+                             compress,        expand};                                                                 \
   }
 
 PENJING_TABLE(scalar)

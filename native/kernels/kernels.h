@@ -64,18 +64,6 @@ struct Int8Product {
   int64_t row_stride, output_stride;
 };
 
-constexpr int max_head_dim = 256;
-constexpr int attention_rows = 64; // queries times heads of a group that are computed together
-
-// Causal attention of the last n of `length` positions to all of them, or to the last `window` (0: all) of each.
-// queries, out: (n, heads, head_dim). keys, values: (kv_heads, length, head_dim), heads head_stride floats apart.
-struct Attention {
-  const float *queries, *keys, *values;
-  float *out;
-  int64_t n, heads, kv_heads, head_dim, length, head_stride, window;
-  float scale; // of the scores
-};
-
 constexpr int64_t softmax_block = 64; // logits that are summed and searched together
 
 // A logit weighs e^((logit − greatest) · inverse), in float64; what would weigh less than `least` weighs nothing.
@@ -98,14 +86,10 @@ struct Kernels {
   void (*encode_segments)(const float *x, int64_t columns, const Segments &, float span, float least_code,
                           int8_t *codes, float *step, int32_t *minus_sum);
 
-  // Rows are (query, head of the key's group), in that order.
-  void (*attend)(const Attention &, int64_t kv_head, int64_t row_begin, int64_t row_end);
-  // See cached.h. Rows are as above; scratch: cached_scratch floats.
+  // See cached.h. Rows are (query, head of the group), in that order; scratch: cached_scratch floats.
   void (*attend_cached)(const CachedAttention &, int64_t row_begin, int64_t row_end, float *scratch);
   // One position of a head: its key and value into the head's part of a block.
   void (*write_cached)(const KvHead &, uint8_t *part, int position, const float *key, const float *value);
-  // out = gate · sigmoid(gate) · up.
-  void (*gated)(const float *gate, const float *up, int64_t n, float *out);
 
   // The greatest of each block of logits; false, and anything there, unless all are finite.
   bool (*block_maxima)(const float *x, int64_t n, float *maxima);

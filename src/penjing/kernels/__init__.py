@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from .._native import IntegerConv, IntegerLinear, KvPool, Sampler, isa, log_probabilities, set_threads, threads
 from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
-from .decoder import attention, gated
 from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
 from .stream import (
@@ -33,12 +32,10 @@ __all__ = [
     "Matrix",
     "Sampler",
     "activate",
-    "attention",
     "bitmask_decode",
     "bitmask_encode",
     "causal_attention",
     "delta",
-    "gated",
     "has_nonfinite",
     "isa",
     "log_probabilities",

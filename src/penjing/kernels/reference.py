@@ -231,19 +231,6 @@ pack, unpack = packed.pack, packed.unpack
 bitmask_encode, bitmask_decode = bitmask.encode, bitmask.decode
 
 
-def attention(queries: Floats, keys: Floats, values: Floats, *, window: int | None = None) -> Floats:
-    """Softmax(q · kᵀ / √d) · v in float64, with what a query may not see at −∞."""
-    n, heads, head_dim = queries.shape
-    kv_heads, length, _ = keys.shape
-    query, key = np.arange(length - n, length)[:, None], np.arange(length)
-    hidden = (key > query) | (key <= query - (length if window is None else window))
-    k, v = (np.repeat(each.astype(np.float64), heads // kv_heads, axis=0) for each in (keys, values))
-    scores = np.where(hidden, -np.inf, queries.astype(np.float64).swapaxes(0, 1) @ k.swapaxes(1, 2) / head_dim**0.5)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    mixed = weights @ v / weights.sum(axis=-1, keepdims=True)
-    return np.ascontiguousarray(mixed.swapaxes(0, 1)).astype(np.float32)
-
-
 def kept(x: Floats, kv_type: str) -> Floats:
     """What a cache of that type gives back for keys or values (…, elements)."""
     if kv_type == "float32":
@@ -287,10 +274,3 @@ def causal_attention(
     weights = np.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - highest)
     return np.ascontiguousarray((weights / total @ np.repeat(v, group, axis=0)).swapaxes(0, 1)).astype(np.float32)
-
-
-def gated(gate: Floats, up: Floats) -> Floats:
-    """gate · sigmoid(gate) · up, in float64."""
-    wide = gate.astype(np.float64)
-    y: Floats = (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
-    return y

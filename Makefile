@@ -49,7 +49,8 @@ serve: $(VENV)/.installed ## serve Novelist at http://127.0.0.1:8000
 native: ## build the native library in place, for work in the source tree (PYTHON needs nanobind)
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') >/dev/null
 	cmake --build build/dev
-	cp build/dev/native/_native.*.so src/penjing/
+	for so in build/dev/native/_native.*.so; do \
+	  cp $$so src/penjing/.new && mv src/penjing/.new src/penjing/$${so##*/}; done # written over, it would kill who runs it
 
 # The library is checked from within an ordinary Python, so its run-time parts are loaded first; what Python itself
 # leaks is not our matter.

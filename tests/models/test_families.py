@@ -103,20 +103,24 @@ def test_chunks_that_cannot_be_are_refused(tiny: Any) -> None:
             model.step([wrong])
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2-window"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "qwen2-window", "gemma2", "gemma4", "gemma4-shared", "granite", "gpt_neox", "qwen3_next"]
+)
 def test_streaming_block_by_block_gives_the_same_logits(variant: str, tiny: Any) -> None:
     family, changes = VARIANTS[variant]
     oracle, folder = tiny(family, **changes)
     stream = models.stream(folder)
     windows = [tokens(33), tokens(33), tokens(12)]
-    x = np.empty((78, 24), np.float32)
+    x = np.empty((78, stream.config.hidden), np.float32)
     stream.embed(np.concatenate(windows), x)
     for block in stream.blocks():
         stream.run(block, x, [33, 33, 12])
     norm, head = stream.head()
     logits = stream.logits(x, norm, head)
     right = np.concatenate([expected(oracle, window) for window in windows])
-    np.testing.assert_allclose(logits, right, atol=2e-4, rtol=1e-4)
+    # The rounding of 33 states, one after another, is amplified: both are so far from float64.
+    atol = 1e-3 if variant == "qwen3_next" else 2e-4
+    np.testing.assert_allclose(logits, right, atol=atol, rtol=1e-4)
 
 
 def test_long_prefill_passes_several_rows_of_queries(tiny: Any) -> None:

@@ -156,3 +156,27 @@ def test_memory_limit_is_kept_or_refused(tmp_path: Path, model: Path) -> None:
     answer = json.loads(child.stdout)
     assert answer["peak_rss_bytes"] <= answer["memory_bound_bytes"] <= 300 << 20
     assert answer["peak_rss_bytes"] > 30 << 20
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needs"),
+    [
+        ({"quantize": {"method": "gptq", "group_size": 32}}, "gptq needs calibration \\(hessian of"),
+        (
+            {"prune": {"method": "wanda"}, "quantize": {"group_size": 32}},
+            "wanda \\+ rtn needs calibration \\(input_norm of",
+        ),
+        ({"quantize": {"group_size": 32}, "transform": {}}, "awq \\+ rtn needs calibration \\(absmean, hessian of"),
+    ],
+)
+def test_methods_that_need_data_are_refused(recipe: dict[str, Any], needs: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=needs) as caught:
+        compress(model, tmp_path / "out", {"version": 1, "rules": [recipe]})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_option_is_named_with_the_nearest(model: Path, tmp_path: Path) -> None:
+    recipe = {"version": 1, "rules": [{"quantize": {"method": "hqq", "options": {"turn": 3}}}]}
+    with pytest.raises(BadRecipe, match="method hqq has no option 'turn'; did you mean 'turns'"):
+        compress(model, tmp_path / "out", recipe)

@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.errors import BadRecipe
-from penjing.recipe import IGNORE, PRESETS, Prune, Quantize, Recipe, Rule, build, from_json, load_recipe, preset
+from penjing.recipe import (
+    IGNORE,
+    PRESETS,
+    Prune,
+    Quantize,
+    Recipe,
+    Rule,
+    Transform,
+    build,
+    from_json,
+    load_recipe,
+    preset,
+)
 
 MODULES = [
     "model.embed_tokens",
@@ -55,7 +67,8 @@ quantize_settings = st.builds(
     bits=st.integers(2, 8),
     group_size=st.sampled_from([-1, 16, 32, 128]),
     symmetric=st.booleans(),
-    observer=st.sampled_from(["minmax", "mse"]),
+    observer=st.sampled_from([None, "minmax", "mse"]),
+    options=st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans(), max_size=2),
 )
 prune_settings = st.builds(
     Prune,
@@ -69,6 +82,7 @@ rules = st.builds(
     targets=st.lists(st.text("abc.*?", min_size=1), min_size=1, max_size=2).map(tuple),
     quantize=quantize_settings,
     prune=st.none() | prune_settings,
+    transform=st.none() | st.builds(Transform, method=st.sampled_from(["awq", "smoothquant"])),
 )
 recipes = st.builds(
     Recipe,
@@ -131,6 +145,9 @@ WRONG = {
     "channels": (rule(prune={"pattern": "channel"}), "penjing.prune"),
     "scope": (rule(prune={"scope": "rows"}), "did you mean 'row'"),
     "activations of 4 bits": (rule(quantize={"activations": "int8"}), "needs weights of 8 bits"),
+    "options": (rule(quantize={"options": ["damping"]}), "give an object, such as"),
+    "transform alone": (rule(transform={}, prune={}), "the rule has no quantize"),
+    "unknown setting of a transform": (rule(quantize={}, transform={"metod": "awq"}), "did you mean 'method'"),
     "targets": (rule(targets=[3], quantize={}), "give a name or a list of names"),
     "seed": ({"version": 1, "rules": [{"quantize": {}}], "seed": "x"}, "whole number"),
 }

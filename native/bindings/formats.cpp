@@ -10,6 +10,7 @@
 #include "formats/packed.h"
 #include "formats/prune.h"
 #include "formats/scan.h"
+#include "formats/settle.h"
 
 namespace penjing::bindings {
 namespace {
@@ -152,6 +153,36 @@ Encodings encode_bitmask(const In &matrix, bool floats) {
   return {values, mask_array, offset_array};
 }
 
+// scale, inverse, low, high: (groups, out); group: of each column; all None: nothing is rounded.
+std::tuple<nb::object, nb::object> settle_columns(const In &base, const In &coupling, const In &reference,
+                                                  const MaybeIn &kept, const MaybeIn &scale, const MaybeIn &inverse,
+                                                  const MaybeIn &low, const MaybeIn &high, const MaybeIn &group) {
+  const float *from = checked<float>(base, "base", {any, any});
+  const auto n = static_cast<int64_t>(base.shape(0)), out = static_cast<int64_t>(base.shape(1));
+  const Columns columns{from,
+                        checked<float>(reference, "reference", {n, out}),
+                        checked<float>(coupling, "coupling", {n, n}),
+                        checked<uint8_t>(kept, "kept", {n, out}),
+                        n,
+                        out};
+  require(!scale || (inverse && low && high && group), "scale: give inverse, low, high and group with it");
+  const int64_t groups = scale ? static_cast<int64_t>(scale->shape(0)) : 0;
+  const Steps steps{checked<float>(scale, "scale", {groups, out}), checked<float>(inverse, "inverse", {groups, out}),
+                    checked<float>(low, "low", {groups, out}), checked<float>(high, "high", {groups, out}),
+                    checked<int32_t>(group, "group", {n})};
+  for (int64_t i = 0; steps.group && i < n; ++i)
+    require(steps.group[i] >= 0 && steps.group[i] < groups, "group: a column's group has no steps");
+  const size_t shape[] = {base.shape(0), base.shape(1)};
+  float *error;
+  int16_t *codes = nullptr;
+  nb::object errors = numpy_array(shape, 2, &error), rounded = nb::none();
+  if (scale)
+    rounded = numpy_array(shape, 2, &codes);
+  nb::gil_scoped_release release;
+  settle(columns, scale ? &steps : nullptr, codes, error);
+  return {rounded, errors};
+}
+
 nb::object decode_bitmask(const In &values, const In &bitmask, int64_t columns) {
   int width;
   const void *from = elements(values, "values", {any}, &width);
@@ -184,6 +215,9 @@ void formats(nb::module_ &m) {
   m.def("prune", &prune_parts, nb::arg("weight"), nb::arg("bfloat16"), nb::arg("parts"), nb::arg("count"));
   m.def("prune_threshold", &threshold, nb::arg("weight"), nb::arg("bfloat16"), nb::arg("count"));
   m.def("has_nonfinite", &nonfinite, nb::arg("values"), nb::arg("bfloat16"));
+  m.def("settle", &settle_columns, nb::arg("base"), nb::arg("coupling"), nb::arg("reference"), nb::arg("kept").none(),
+        nb::arg("scale").none(), nb::arg("inverse").none(), nb::arg("low").none(), nb::arg("high").none(),
+        nb::arg("group").none());
   m.def("bitmask_encode", &encode_bitmask, nb::arg("matrix"), nb::arg("floats"));
   m.def("bitmask_decode", &decode_bitmask, nb::arg("values"), nb::arg("bitmask"), nb::arg("columns"));
 }

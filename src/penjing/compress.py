@@ -27,11 +27,11 @@ from .checkpoint.journal import ARTIFACT, Journal, fingerprint
 from .checkpoint.plan import CHUNK_BYTES, Plan, Shard, make_plan, scale_dtype
 from .checkpoint.safetensors import Chunks, Tensor, sha256_of, write_safetensors
 from .checkpoint.storage import Weight
-from .errors import BadCheckpoint, BadInput, OutOfBudget, PenjingError
+from .errors import BadCheckpoint, BadInput, OutOfBudget, PenjingError, Unsupported
 from .formats.affine import AffineTensor
-from .methods import apply
+from .methods import Statistics, apply
 from .models.stacked import unstack
-from .recipe import Recipe, build
+from .recipe import Recipe, Rule, build
 
 # Bytes of the original that are done, and all of them.
 Progress = Callable[[float, float], None]
@@ -120,6 +120,7 @@ def compress(
     made = build(recipe, **settings)
     for rule in made.rules:
         apply.check(rule)
+        _check_needs(rule)
     checkpoint, folder = open_checkpoint(model), Path(output)
     unstack(checkpoint)
     if folder.resolve() == checkpoint.path.resolve():
@@ -145,6 +146,16 @@ def compress(
     if evaluate is not None:
         made_artifact = _evaluated(folder, made_artifact, checkpoint.path, Path(evaluate))
     return _result(folder, made_artifact, start, bound, first if resumed else None, already=False)
+
+
+def _check_needs(rule: Rule) -> None:
+    """Unsupported for a method that wants to see what comes into a layer."""
+    if found := apply.needs(rule):
+        methods = [each.method for each in (rule.transform, rule.prune, rule.quantize) if each is not None]
+        raise Unsupported(
+            f"{' + '.join(dict.fromkeys(methods))} needs calibration ({', '.join(found)} of each layer's input), which"
+            " penjing compress cannot collect yet; rtn and hqq, l1, l2 and random need no data"
+        )
 
 
 def _run(plan: Plan, journal: Journal, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -218,7 +229,7 @@ def _solve(plan: Plan, module: str, rows: NDArray[Any]) -> NDArray[Any] | Affine
     """What the module's rule makes of its weight, or of some rows of it."""
     seed = zlib.crc32(module.encode(), plan.recipe.seed & 0xFFFFFFFF)
     steps = scale_dtype(plan.weight(module))
-    return apply.solve(plan.rules[module], rows, {}, scale_dtype=steps, seed=seed)
+    return apply.solve(plan.rules[module], rows, Statistics(), scale_dtype=steps, seed=seed)
 
 
 def _write(journal: Journal, shard: Shard, tensors: dict[str, Tensor], zeros: dict[str, int]) -> dict[str, Any]:

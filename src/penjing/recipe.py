@@ -20,7 +20,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,7 +44,8 @@ class Quantize:
     """bits: 2 to 8.  group_size: columns that share a step, -1 a row, 0 the tensor.  symmetric: no zero point.
 
     activations: "int8" has the server quantize the layer's input token by token (8 bits, one step a row).
-    observer: what the range of a group is: minmax, percentile, mse.
+    observer: what the range of a group is: minmax, percentile, mse, histogram; None is the method's own.
+    options: of the method alone, by name.
     """
 
     method: str = "rtn"
@@ -52,9 +53,11 @@ class Quantize:
     group_size: int = 128
     symmetric: bool = True
     activations: Literal["none", "int8"] = "none"
-    observer: str = "minmax"
+    observer: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        _check_options(self.options)
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise BadRecipe(f"bits={self.bits}: no format has that many; give 2 to 8")
         if type(self.group_size) is not int or self.group_size < -1:
@@ -71,15 +74,17 @@ class Quantize:
 class Prune:
     """sparsity: the share that goes, in (0, 1).  pattern: "unstructured" or "N:M" (N of M kept).
 
-    scope: weights are ranked within a "row" or within the "tensor".
+    scope: weights are ranked within a "row" or within the "tensor".  options: of the method alone, by name.
     """
 
     method: str = "l1"
     sparsity: float = 0.5
     pattern: str = "unstructured"
     scope: Literal["row", "tensor"] = "row"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        _check_options(self.options)
         if not isinstance(self.sparsity, int | float) or not 0 < self.sparsity < 1:
             raise BadRecipe(f"sparsity={self.sparsity}: give the share of weights to remove, between 0 and 1")
         if self.scope not in ("row", "tensor"):
@@ -106,12 +111,33 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What makes weights easier to quantize, folded into the layer before.  options: of the method alone, by name."""
+
+    method: str = "awq"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_options(self.options)
+
+
+def _check_options(options: Any) -> None:
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise BadRecipe(f"options={options!r:.40}: give an object, such as {{damping: 0.01}}")
+
+
+@dataclass(frozen=True)
 class Rule:
-    """What is done to the modules that one of the targets names: prune, quantize, or both in this order."""
+    """What is done to the modules that one of the targets names: transform, prune, quantize, in this order."""
 
     targets: tuple[str, ...]
     quantize: Quantize | None = None
     prune: Prune | None = None
+    transform: Transform | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and self.quantize is None:
+            raise BadRecipe("a transform makes weights easier to quantize: the rule has no quantize")
 
 
 @dataclass(frozen=True)
@@ -168,7 +194,7 @@ def matches(pattern: str, module: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern)
 
 
-Settings = TypeVar("Settings", Quantize, Prune)
+Settings = TypeVar("Settings", Quantize, Prune, Transform)
 
 
 def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
@@ -209,13 +235,14 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     for index, rule in enumerate(value["rules"]):
         here = f"{where}: rules[{index}]"
         if not isinstance(rule, Mapping):
-            raise BadRecipe(f"{here}: not an object with targets, quantize, prune")
+            raise BadRecipe(f"{here}: not an object with targets, transform, prune, quantize")
         _known(rule, [field.name for field in fields(Rule)], here)
         rules.append(
             Rule(
                 targets=_texts(rule.get("targets", "*"), f"{here}.targets"),
                 quantize=_settings(Quantize, rule.get("quantize"), f"{here}.quantize"),
                 prune=_settings(Prune, rule.get("prune"), f"{here}.prune"),
+                transform=_settings(Transform, rule.get("transform"), f"{here}.transform"),
             )
         )
     ignore = _texts(value["ignore"], f"{where}: ignore") if value.get("ignore") else ()
@@ -269,13 +296,14 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 def build(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, **settings: Any) -> Recipe:
     """The recipe that a preset, a file or nothing, and single settings on top of it, make together.
 
-    settings: the fields of `Quantize` and of `Prune` (there ``method`` is called ``prune_method``), ``ignore`` and
-    ``seed``; None leaves a setting as it is. They change every rule of the recipe; without one they make a rule for
-    all modules.
+    settings: the fields of `Quantize` and of `Prune` (there ``method`` is called ``prune_method``, and ``options``
+    ``prune_options``), ``ignore`` and ``seed``; None leaves a setting as it is. They change every rule of the recipe;
+    without one they make a rule for all modules.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     ignore, seed = given.pop("ignore", None), given.pop("seed", None)
     prune = {"method": given.pop("prune_method")} if "prune_method" in given else {}
+    prune |= {"options": given.pop("prune_options")} if "prune_options" in given else {}
     prune |= {name: given.pop(name) for name in ("sparsity", "pattern", "scope") if name in given}
     for name in given:
         if name not in (field.name for field in fields(Quantize)):
@@ -295,11 +323,11 @@ def build(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, **setti
     )
 
 
-_FIELDS = (*fields(Quantize), *fields(Prune)[1:])
-SETTINGS = (*(field.name for field in _FIELDS), "prune_method", "ignore", "seed")
+_FIELDS = (*fields(Quantize), *fields(Prune)[1:-1])
+SETTINGS = (*(field.name for field in _FIELDS), "prune_method", "prune_options", "ignore", "seed")
 
 
 def _changed(rule: Rule, quantize: Mapping[str, Any], prune: Mapping[str, Any]) -> Rule:
     new_quantize = dataclasses.replace(rule.quantize or Quantize(), **quantize) if quantize else rule.quantize
     new_prune = dataclasses.replace(rule.prune or Prune(), **prune) if prune else rule.prune
-    return Rule(rule.targets, new_quantize, new_prune)
+    return Rule(rule.targets, new_quantize, new_prune, rule.transform)

@@ -84,7 +84,13 @@ def test_mse_observer_has_less_error_than_min_max() -> None:
 
 
 @pytest.mark.parametrize(
-    "quantize", [None, Quantize(bits=4, group_size=8), Quantize(bits=3, group_size=8, symmetric=False)]
+    "quantize",
+    [
+        None,
+        Quantize(bits=4, group_size=8),
+        Quantize(bits=3, group_size=8, symmetric=False),
+        Quantize("hqq", bits=3, group_size=8, symmetric=False),
+    ],
 )
 @pytest.mark.parametrize("prune", [None, Prune(sparsity=0.5), Prune(pattern="2:4")])
 def test_rows_solved_apart_are_the_whole(quantize: Quantize | None, prune: Prune | None) -> None:
@@ -122,7 +128,7 @@ def test_what_may_not_be_cut_into_rows() -> None:
 def test_unknown_methods_and_bad_settings() -> None:
     with pytest.raises(BadRecipe, match="quantization method 'rtm' is unknown; did you mean 'rtn'"):
         methods.quantizer("rtm")
-    with pytest.raises(BadRecipe, match="pruning method 'l3' is unknown; known: l1, l2, random"):
+    with pytest.raises(BadRecipe, match="pruning method 'l3' is unknown; known: gradual, joint, l1, l2, obs"):
         methods.pruner("l3")
     with pytest.raises(BadRecipe, match="between 0 and 1"):
         magnitude.Config(1.0)

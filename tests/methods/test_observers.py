@@ -7,6 +7,7 @@ import pytest
 
 from penjing.errors import BadInput
 from penjing.formats.affine import Grid
+from penjing.methods.histogram import BINS, Histogram
 from penjing.methods.observers import observer
 
 
@@ -55,3 +56,39 @@ def test_an_outlier_is_clipped_by_mse_only_when_that_pays() -> None:
 def test_an_unknown_observer_is_named_with_the_nearest() -> None:
     with pytest.raises(BadInput, match="did you mean 'minmax'"):
         observer("min-max")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_histogram_finds_what_mse_finds(symmetric: bool) -> None:
+    values = np.random.default_rng(1).standard_t(3, (2, 50_000)).astype(np.float32) + np.float32(0.5)
+    grid = Grid(4, -1, symmetric)
+    for row, (low, high) in enumerate(zip(*observer("histogram")(values, grid), strict=True)):
+        wide = [float(end[row, 0]) for end in observer("mse")(values, grid)]
+        assert error(values[row], low[0], high[0], grid) <= error(values[row], *wide, grid) * 1.02
+
+
+def test_histograms_of_any_batches_are_the_same() -> None:
+    values = np.random.default_rng(2).standard_normal(3000).astype(np.float32) * np.geomspace(1e-3, 50, 3000).astype(
+        "f"
+    )
+    whole, parts, other = Histogram(), Histogram(), Histogram()
+    whole.add(values)
+    for low in range(0, 2000, 77):
+        parts.add(values[low : min(low + 77, 2000)])
+    other.add(values[2000:])
+    parts.merge(other)
+    parts.merge(Histogram())
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    assert (parts.low, parts.high, parts.reach) == (values.min(), values.max(), whole.reach)
+    expected = np.histogram(values.astype(np.float64), BINS, (-whole.reach, whole.reach))[0]
+    np.testing.assert_array_equal(whole.counts, expected)
+
+
+def test_histograms_refuse_what_they_cannot_show() -> None:
+    with pytest.raises(BadInput, match="no values were seen"):
+        Histogram().range(Grid(8))
+    with pytest.raises(BadInput, match="NaN or an infinity"):
+        Histogram().add(np.array([1, np.nan], np.float32))
+    zeros = Histogram()
+    zeros.add(np.zeros(5, np.float32))
+    assert zeros.range(Grid(8)) == (0, 0)

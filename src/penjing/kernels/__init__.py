@@ -11,6 +11,7 @@ from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
 from .stream import (
+    Steps,
     bitmask_decode,
     bitmask_encode,
     has_nonfinite,
@@ -19,6 +20,7 @@ from .stream import (
     prune_threshold,
     quantize,
     quantize_packed,
+    settle,
     unpack,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "KvPool",
     "Matrix",
     "Sampler",
+    "Steps",
     "activate",
     "bitmask_decode",
     "bitmask_encode",
@@ -49,6 +52,7 @@ __all__ = [
     "rotate",
     "route",
     "set_threads",
+    "settle",
     "threads",
     "unpack",
 ]

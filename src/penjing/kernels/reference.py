@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput
 from ..formats import affine, bitmask, packed
 from ..formats.affine import AffineTensor, Grid
+from .stream import Steps
 
 Floats = NDArray[np.float32]
 GROUP_COLUMNS = 128  # that share a step of x, at most
@@ -221,6 +222,29 @@ def prune(
     pruned = parts.copy()
     np.put_along_axis(pruned, order, np.zeros((), weight.dtype), axis=1)
     return pruned.reshape(rows, columns)
+
+
+def settle(
+    base: Floats,
+    coupling: Floats,
+    reference: Floats,
+    kept: NDArray[np.bool_] | None = None,
+    steps: Steps | None = None,
+) -> tuple[NDArray[np.int16] | None, Floats]:
+    """Column by column, sums in order of columns, in float32."""
+    error, codes = np.zeros_like(base), np.zeros(base.shape, np.int16)
+    for i, best in enumerate(base.copy()):
+        for j in range(i):
+            best += coupling[j, i] * error[j]
+        if steps is not None:
+            g = steps.group[i]
+            q = np.clip(np.rint(best * (np.float32(1) / steps.scale[g])), steps.low[g], steps.high[g])
+            codes[i] = q if kept is None else q * kept[i]
+            best = codes[i] * steps.scale[g]
+        elif kept is not None:
+            best = np.where(kept[i], best, np.float32(0))
+        error[i] = reference[i] - best
+    return None if steps is None else codes, error
 
 
 def has_nonfinite(array: NDArray[Any]) -> bool:

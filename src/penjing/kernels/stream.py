@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -85,6 +85,37 @@ def prune_threshold(weight: NDArray[Any], sparsity: float) -> float:
     """The largest magnitude among the round(sparsity · size) smallest of a float matrix; 0 when there are none."""
     count = round(sparsity * weight.size)
     return _native.prune_threshold(float_bits(weight), is_bfloat16(weight), count) if count else 0.0
+
+
+class Steps(NamedTuple):
+    """scale, low, high: float32 (groups, out), steps and the codes there are.  group: int32 (n,), each column's."""
+
+    scale: NDArray[np.float32]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    group: NDArray[np.int32]
+
+
+def settle(
+    base: NDArray[np.float32],
+    coupling: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    kept: NDArray[np.bool_] | None = None,
+    steps: Steps | None = None,
+) -> tuple[Any, NDArray[np.float32]]:
+    """Columns decided on one after the other: base (n, out), coupling (n, n) → codes int16 or None, error (n, out).
+
+    Column i is best at base[i] + Σ_{j<i} coupling[j, i] · error[j]. There it is rounded to its group's steps, or stays
+    without them; what ``kept`` (True: kept) drops is 0; error[i] is reference[i] less what it became. Codes are centred
+    (code − zero point).
+    """
+    mask = None if kept is None else np.ascontiguousarray(kept, np.bool_).view(np.uint8)
+    first, second, third = (np.ascontiguousarray(each, np.float32) for each in (base, coupling, reference))
+    if steps is None:
+        return _native.settle(first, second, third, mask, None, None, None, None, None)
+    inverse = np.float32(1) / steps.scale
+    group = np.ascontiguousarray(steps.group, np.int32)
+    return _native.settle(first, second, third, mask, steps.scale, inverse, steps.low, steps.high, group)
 
 
 def has_nonfinite(array: NDArray[Any]) -> bool:

@@ -2,8 +2,12 @@
 
 A method is one file with a function of arrays and a frozen config; it knows no files, no devices and no models.
 
+    a transform  solve(weights, statistics, config) → a scale (in,) for the input that they share; see `scaling`
     a pruner     solve(weight, statistics, config) → the weight (out, in) with zeros, same dtype
     a quantizer  solve(weight, statistics, config) → AffineTensor
+    a joint one  as a quantizer, with codes that decode to exactly 0 where it pruned
+
+They come in this order; a joint one stands for both the pruner and the quantizer of its rule.
 
 weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibration collected on the layer's input, by
 name; the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one another,
@@ -15,27 +19,40 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
-
-from numpy.typing import NDArray
 
 from ..errors import BadRecipe, nearest
+from .statistics import Statistics
 
-Statistics = Mapping[str, NDArray[Any]]
+__all__ = ["JOINT", "PRUNERS", "QUANTIZERS", "TRANSFORMS", "Statistics", "pruner", "quantizer", "transform"]
 
 # name → the module that has it
-QUANTIZERS = {"rtn": "rtn"}
-PRUNERS = {"l1": "magnitude", "l2": "magnitude", "random": "random"}
+TRANSFORMS = {"awq": "awq", "smoothquant": "smoothquant"}
+PRUNERS = {
+    "l1": "magnitude",
+    "l2": "magnitude",
+    "random": "random",
+    "wanda": "wanda",
+    "sparsegpt": "sparsegpt",
+    "gradual": "gradual",
+    "obs": "obs",
+}
+QUANTIZERS = {"rtn": "rtn", "imatrix": "imatrix", "hqq": "hqq", "gptq": "gptq", "autoround": "autoround"}
+JOINT = {"joint": "joint"}
+
+
+def transform(name: str) -> ModuleType:
+    """The module of a transform; BadRecipe for an unknown name."""
+    return _find(name, TRANSFORMS, "transform")
 
 
 def quantizer(name: str) -> ModuleType:
-    """The module of a quantization method; BadRecipe for an unknown name."""
-    return _find(name, QUANTIZERS, "quantization")
+    """The module of a quantization method, or of a joint one; BadRecipe for an unknown name."""
+    return _find(name, QUANTIZERS | JOINT, "quantization")
 
 
 def pruner(name: str) -> ModuleType:
-    """The module of a pruning method; BadRecipe for an unknown name."""
-    return _find(name, PRUNERS, "pruning")
+    """The module of a pruning method, or of a joint one; BadRecipe for an unknown name."""
+    return _find(name, PRUNERS | JOINT, "pruning")
 
 
 def _find(name: str, table: Mapping[str, str], kind: str) -> ModuleType:

@@ -1,50 +1,91 @@
-"""A rule applied to a weight: prune, then quantize, with the methods that the rule names."""
+"""A rule applied to a weight: prune, then quantize, or both in one, with the methods that the rule names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BadInput, BadRecipe, nearest
 from ..formats.affine import AffineTensor, Grid
 from ..recipe import Prune, Quantize, Rule
-from . import Statistics, pruner, quantizer
-from .observers import observer
+from . import JOINT, Statistics, linalg, pruner, quantizer, transform
+
+# What a rule says in its own fields, and not among a method's options.
+_FIELDS = ("grid", "observer", "sparsity", "scope", "pattern", "seed")
 
 
 def solve(
     rule: Rule, weight: NDArray[Any], statistics: Statistics, *, scale_dtype: str, seed: int
 ) -> NDArray[Any] | AffineTensor:
-    """A weight (out, in) as the rule wants it: with zeros, on a grid, or both.
+    """A weight (out, in) as the rule wants it: with zeros, on a grid, or both. Its transform is the caller's to fold.
 
     scale_dtype: what steps are stored in.  seed: for methods that draw.
     """
-    if rule.prune is not None:
-        weight = pruner(rule.prune.method).solve(weight, statistics, _prune_config(rule.prune, seed))
-    if rule.quantize is None:
-        return weight
-    config = _quantize_config(rule.quantize, scale_dtype)
-    solved: AffineTensor = quantizer(rule.quantize.method).solve(weight, statistics, config)
+    solved: NDArray[Any] | AffineTensor = weight
+    for module, config in _steps(rule, scale_dtype, seed):
+        solved = module.solve(solved, statistics, config)
     return solved
 
 
 def check(rule: Rule) -> None:
-    """BadRecipe for a method or an observer that there is not."""
-    if rule.prune is not None:
-        pruner(rule.prune.method)
-    if rule.quantize is not None:
-        quantizer(rule.quantize.method)
-        observer(rule.quantize.observer)
+    """BadRecipe for a method, an observer or an option that there is not, or that the method cannot do."""
+    try:
+        for module, config in _steps(rule, "float32", 0):
+            module.by_rows(config)
+        if rule.transform is not None:
+            transform_config(rule, "float32")
+    except BadInput as error:
+        raise BadRecipe(str(error)) from None
+
+
+def needs(rule: Rule) -> tuple[str, ...]:
+    """The statistics of a layer's input that the rule's methods need."""
+    modules = [module for module, _ in _steps(rule, "float32", 0)]
+    if rule.transform is not None:
+        modules.append(transform(rule.transform.method))
+    return tuple(sorted({name for module in modules for name in module.NEEDS}))
 
 
 def by_rows(rule: Rule) -> bool:
     """May a weight be solved some rows at a time, with the same result?"""
-    apart = rule.prune is None or pruner(rule.prune.method).by_rows(_prune_config(rule.prune, 0))
-    if rule.quantize is not None:
-        apart = apart and quantizer(rule.quantize.method).by_rows(_quantize_config(rule.quantize, "float32"))
-    return bool(apart)
+    return all(module.by_rows(config) for module, config in _steps(rule, "float32", 0))
+
+
+def transform_config(rule: Rule, scale_dtype: str) -> Any:
+    """The config of the rule's transform; one that rounds on trial rounds as the rule will."""
+    if rule.transform is None or rule.quantize is None:
+        raise BadRecipe("a transform stands before quantization: give the rule both")
+    fixed = {"grid": _grid(rule.quantize, scale_dtype)}
+    return _config(rule.transform.method, transform(rule.transform.method), fixed, rule.transform.options)
+
+
+def judge(
+    weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, statistics: Statistics, rule: Rule
+) -> dict[str, float]:
+    """What a solution loses of the layer's output, and what rounding (and magnitude pruning) alone would have lost.
+
+    Needs the hessian. ``loss`` and ``plain_loss`` are shares of tr(W H Wᵀ): a loss above the plain one is a layer
+    to do again or to keep. ``damping`` is there when the methods had to raise it.
+    """
+    plain = Rule(
+        rule.targets,
+        None
+        if rule.quantize is None
+        else Quantize("rtn", rule.quantize.bits, rule.quantize.group_size, rule.quantize.symmetric),
+        None if rule.prune is None else Prune("l1", rule.prune.sparsity, rule.prune.pattern, rule.prune.scope),
+    )
+    hessian = statistics.need("hessian", weight.shape[1])
+    simple = solve(plain, weight, Statistics(), scale_dtype="float32", seed=0)
+    found = {
+        name: linalg.relative_loss(weight, each.decode() if isinstance(each, AffineTensor) else each, hessian)
+        for name, each in (("loss", solved), ("plain_loss", simple))
+    }
+    return found | linalg.damping_used(statistics)
 
 
 def join(parts: Sequence[NDArray[Any] | AffineTensor]) -> NDArray[Any] | AffineTensor:
@@ -63,10 +104,51 @@ def join(parts: Sequence[NDArray[Any] | AffineTensor]) -> NDArray[Any] | AffineT
     )
 
 
-def _prune_config(prune: Prune, seed: int) -> Any:
-    return pruner(prune.method).Config(prune.share, prune.scope, prune.keep, seed)
+def _steps(rule: Rule, scale_dtype: str, seed: int) -> list[tuple[ModuleType, Any]]:
+    """The methods that solve a weight, in order, each with its config."""
+    prune, quantize = rule.prune, rule.quantize
+    joint = [each.method for each in (prune, quantize) if each is not None and each.method in JOINT]
+    if joint and prune is not None and quantize is not None and prune.method == quantize.method:
+        fixed = _pruning(prune, seed) | _rounding(quantize, scale_dtype)
+        return [_method(quantize.method, quantizer(quantize.method), fixed, {**prune.options, **quantize.options})]
+    if joint:
+        raise BadRecipe(f"method {joint[0]} prunes and quantizes in one: name it in both, prune and quantize")
+    steps = []
+    if prune is not None:
+        steps.append(_method(prune.method, pruner(prune.method), _pruning(prune, seed), prune.options))
+    if quantize is not None:
+        fixed = _rounding(quantize, scale_dtype)
+        steps.append(_method(quantize.method, quantizer(quantize.method), fixed, quantize.options))
+    return steps
 
 
-def _quantize_config(quantize: Quantize, scale_dtype: str) -> Any:
-    grid = Grid(quantize.bits, quantize.group_size, quantize.symmetric, scale_dtype)
-    return quantizer(quantize.method).Config(grid, quantize.observer)
+def _pruning(prune: Prune, seed: int) -> dict[str, Any]:
+    return {"sparsity": prune.share, "scope": prune.scope, "pattern": prune.keep, "seed": seed}
+
+
+def _rounding(quantize: Quantize, scale_dtype: str) -> dict[str, Any]:
+    return {"grid": _grid(quantize, scale_dtype), "observer": quantize.observer}
+
+
+def _grid(quantize: Quantize, scale_dtype: str) -> Grid:
+    return Grid(quantize.bits, quantize.group_size, quantize.symmetric, scale_dtype)
+
+
+def _method(
+    name: str, module: ModuleType, fixed: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[ModuleType, Any]:
+    return module, _config(name, module, fixed, options)
+
+
+def _config(name: str, module: ModuleType, fixed: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """A method's Config from what the rule says; the method's own default where that is None."""
+    own = [field.name for field in fields(module.Config)]
+    if fixed.get("observer") is not None and "observer" not in own:
+        raise BadRecipe(f"observer={fixed['observer']!r}: method {name} finds its steps in its own way; leave it out")
+    known = [option for option in own if option not in _FIELDS]
+    for option in options:
+        if option not in known:
+            rest = nearest(option, known) if known else "it has none"
+            raise BadRecipe(f"method {name} has no option {option!r}; {rest}")
+    given = {field: value for field, value in fixed.items() if field in own and value is not None}
+    return module.Config(**given, **options)

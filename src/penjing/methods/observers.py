@@ -5,6 +5,7 @@ percentile  from the 0.01th to the 99.99th percentile: the few beyond are clippe
 mse         the range, shrunk in `STEPS` equal parts of min-max, whose rounding and clipping error is least in the
             mean square (grid search as in Banner et al., 2019, "ACIQ", and in torch.ao's and llm-compressor's MSE
             observers).
+histogram   mse on a histogram of the values, for many of them; see `histogram`, which also takes them batch by batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput, nearest
 from ..formats import affine
 from ..formats.affine import Grid
+from .histogram import BINS, Histogram
 
 Floats = NDArray[np.float32]
 Range = tuple[Floats, Floats]
@@ -51,7 +53,24 @@ def mse(values: Floats, grid: Grid) -> Range:
     return best_low, best_high
 
 
-OBSERVERS: dict[str, Callable[[Floats, Grid], Range]] = {"minmax": minmax, "percentile": percentile, "mse": mse}
+def histogram(values: Floats, grid: Grid) -> Range:
+    """As `mse`, of each row's histogram; where there are no more values than bins, of the values."""
+    if values.shape[1] <= BINS:
+        return mse(values, grid)
+    found = np.empty((len(values), 2), np.float32)
+    for row, seen in zip(found, values, strict=True):
+        counted = Histogram()
+        counted.add(seen)
+        row[:] = counted.range(grid)
+    return found[:, :1], found[:, 1:]
+
+
+OBSERVERS: dict[str, Callable[[Floats, Grid], Range]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+    "histogram": histogram,
+}
 
 
 def observer(name: str) -> Callable[[Floats, Grid], Range]:

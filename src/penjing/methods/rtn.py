@@ -24,6 +24,9 @@ class Config:
     grid: Grid
     observer: str = "minmax"
 
+    def __post_init__(self) -> None:
+        observer(self.observer)
+
 
 def by_rows(config: Config) -> bool:
     return config.grid.group_size != PER_TENSOR

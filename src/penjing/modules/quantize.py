@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, PenjingError, nearest
 from ..formats import affine
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, Grid
-from ..methods import rtn
+from ..methods import Statistics, rtn
 from ..methods.observers import observer as find_observer
 from ..stats import Change, paired_change
 from . import masks
@@ -155,7 +155,7 @@ class _Plan:
         if id(parameter) not in self._encoded:
             matrix = parameter.detach().float().reshape(len(parameter), -1).numpy()
             try:
-                tensor = rtn.solve(matrix, {}, rtn.Config(self.grid, self.observer))
+                tensor = rtn.solve(matrix, Statistics(), rtn.Config(self.grid, self.observer))
             except BadInput as error:
                 raise BadInput(f"{target.name or 'the module'}.{name}: {error}; or ignore this layer") from None
             self._encoded[id(parameter)] = (parameter, buffers(tensor, parameter.shape))

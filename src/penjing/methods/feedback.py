@@ -1,0 +1,93 @@
+"""Columns decided on one after the other, each error made up for by the columns to come; then by all of them.
+
+`Forward` goes once through the columns in the order of a `linalg.Factor` (GPTQ, SparseGPT, their joint form). `Descent`
+goes on from there: cyclic coordinate descent on the same loss, as in QuantEase (Behdin et al., 2023), where a column is
+decided on again with the errors of all others known; no step of it can raise the loss. Work between blocks of columns
+is a matrix product; what goes on inside a block is `kernels.settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kernels
+from ..kernels import Steps
+from .linalg import Factor
+
+Floats = NDArray[np.float32]
+BLOCK = 128
+
+
+def by_columns(weight: NDArray[Any], order: NDArray[np.int64] | None = None) -> Floats:
+    """A weight (out, in) as float32 (in, out), its columns in that order."""
+    turned = weight.T if order is None else weight.T[order]
+    return np.ascontiguousarray(turned, np.float32)
+
+
+def blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `BLOCK` columns that cross no border of groups."""
+    for first in range(0, columns, group):
+        for start in range(first, min(first + group, columns), BLOCK):
+            yield start, min(start + BLOCK, first + group, columns)
+
+
+class Forward:
+    """weight: (in, out), columns in the factor's order; error = weight − what was settled, the same shape."""
+
+    def __init__(self, weight: Floats, factor: Factor) -> None:
+        self.weight, self.unit = weight, factor.unit
+        self.error = np.zeros_like(weight)
+
+    def base(self, start: int, stop: int) -> Floats:
+        """Columns [start, stop) moved by the errors of all columns before them: (stop − start, out)."""
+        moved: Floats = self.unit[:start, start:stop].T @ self.error[:start]
+        moved += self.weight[start:stop]
+        return moved
+
+    def best(self, start: int, base: Floats) -> Floats:
+        """Where the columns of a base would best be put if none of them were changed any further: (n, out)."""
+        at = slice(start, start + len(base))
+        _, error = kernels.settle(base, self.unit[at, at], self.weight[at])
+        return self.weight[at] - error
+
+    def settle(self, start: int, block: Floats, kept: NDArray[np.bool_] | None, steps: Steps | None) -> Any:
+        """Decide on a block that `ahead` gave, column by column → centred codes int16 (n, out); None without steps."""
+        at = slice(start, start + len(block))
+        codes, self.error[at] = kernels.settle(block, self.unit[at, at], self.weight[at], kept, steps)
+        return codes
+
+
+class Descent:
+    """On hessian + ridge · I (in, in), columns in their places.  weight, error: (in, out), the error as it is."""
+
+    def __init__(self, weight: Floats, error: Floats, hessian: Floats, ridge: float) -> None:
+        self.weight, self.error, self.hessian, self.ridge = weight, error, hessian, np.float32(ridge)
+
+    def slope(self, start: int, stop: int) -> Floats:
+        """Half the loss's derivative by the errors of columns [start, stop): (stop − start, out)."""
+        found: Floats = self.hessian[start:stop] @ self.error
+        found += self.ridge * self.error[start:stop]
+        return found
+
+    def turned(self, start: int, direction: Floats) -> Floats:
+        """H d for a direction d (n, out) in columns [start, start + n), of the same columns."""
+        at = slice(start, start + len(direction))
+        found: Floats = self.hessian[at, at] @ direction
+        found += self.ridge * direction
+        return found
+
+    def settle(self, start: int, slope: Floats, kept: NDArray[np.bool_] | None, steps: Steps | None) -> Any:
+        """Decide again on the columns of a slope, one by one → centred codes int16 (n, out), or None without steps."""
+        at = slice(start, start + len(slope))
+        curve = (np.diagonal(self.hessian)[at] + self.ridge)[:, None]
+        share = np.where(curve > 0, 1 / np.where(curve > 0, curve, 1), np.float32(0))
+        now = self.weight[at] - self.error[at]
+        # where nothing comes in, the weight itself is best
+        base = np.where(curve > 0, now + slope * share, self.weight[at])
+        codes, moved = kernels.settle(base, self.hessian[at, at] * share.T, now, kept, steps)
+        self.error[at] += moved
+        return codes

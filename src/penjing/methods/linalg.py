@@ -1,0 +1,150 @@
+"""The hessian's factor, and the loss it stands for.
+
+With H = xᵀx / n of a layer's input, an error E = W − Ŵ (out, in) costs tr(E H Eᵀ), the mean squared error of the
+layer's output. Factored as H = M D Mᵀ, with M unit upper triangular and D diagonal, that is Σ_k D_k · ‖(E M)_k‖²:
+column by column,
+
+    (E M)_k = w'_k − ŵ_k      with      w'_k = w_k + Σ_{j<k} e_j M_jk
+
+so that whoever decides on the columns in order best puts w'_k in place, and pays D_k (w'_k − ŵ_k)² for what is left.
+This is GPTQ's and SparseGPT's update (there with the Cholesky factor U of H⁻¹: U_kk² = 1 / D_k), in the form of LDLQ
+(Chee et al., 2023, "QuIP", theorem 6), which needs no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from .statistics import Statistics
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+BLOCK = 256  # columns that the factorization takes at a time
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H + damping · mean(diag H) · I = M D Mᵀ, its rows and columns in ``order``.
+
+    order: int64 (in,), the columns as they are decided on.  unit: M float32 (in, in).  diagonal: D float32 (in,).
+    damping: what it took; more than was asked for when H is not positive definite.
+    """
+
+    order: NDArray[np.int64]
+    unit: Floats
+    diagonal: Floats
+    damping: float
+
+
+def factor(statistics: Statistics, columns: int, damping: float, act_order: bool) -> Factor:
+    """The hessian's factor, shared by all layers that share the statistics.
+
+    act_order: columns with large inputs come first, while there are many left to make up for their errors.
+    Raises BadInput when even a thousand times the damping does not make it positive definite.
+    """
+    hessian = statistics.need("hessian", columns)
+    return statistics.derived("factor", (damping, act_order), lambda: _factor(hessian, damping, act_order))
+
+
+def _factor(hessian: NDArray[Any], damping: float, act_order: bool) -> Factor:
+    diagonal = np.diagonal(hessian)
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    # M is upper triangular because columns are eliminated from the last one on: the order is turned for Cholesky.
+    turned, used = _damped_cholesky(hessian, order[::-1], damping)
+    root = np.diagonal(turned)[::-1].copy()
+    unit = np.empty(turned.shape, np.float32)
+    np.divide(turned[::-1, ::-1], root, out=unit, casting="same_kind")
+    return Factor(order, unit, np.square(root).astype(np.float32), used)
+
+
+def inverse_diagonal(statistics: Statistics, columns: int, damping: float) -> tuple[Floats, float]:
+    """The diagonal of (H + damping · mean(diag H) · I)⁻¹, float32 (in,), and the damping that it took."""
+    hessian = statistics.need("hessian", columns)
+
+    def make() -> tuple[Floats, float]:
+        lower, used = _damped_cholesky(hessian, np.arange(columns), damping)
+        _invert(lower)
+        return np.einsum("ij,ij->j", lower, lower).astype(np.float32), used
+
+    return statistics.derived("inverse_diagonal", damping, make)
+
+
+def inverse(statistics: Statistics, columns: int, damping: float) -> Doubles:
+    """(H + damping · mean(diag H) · I)⁻¹, float64 (in, in)."""
+    lower, _ = _damped_cholesky(statistics.need("hessian", columns), np.arange(columns), damping)
+    _invert(lower)
+    found: Doubles = lower.T @ lower
+    return found
+
+
+def damping_used(statistics: Statistics) -> dict[str, float]:
+    """The damping of the factor that was last made from these statistics, if one was, by the name "damping"."""
+    made = statistics.last("factor")
+    return {} if made is None else {"damping": made.damping}
+
+
+def _damped_cholesky(hessian: NDArray[Any], order: NDArray[np.int64], damping: float) -> tuple[Doubles, float]:
+    """The lower factor of the damped hessian, in that order, and the damping that made it positive definite."""
+    if (np.diagonal(hessian) < 0).any():
+        raise BadInput("the hessian has a negative diagonal: it is not xᵀx of any input")
+    for tried in (damping, *(max(damping, 1e-4) * 10**power for power in (1, 2, 3))):
+        a = hessian[np.ix_(order, order)].astype(np.float64)
+        a.flat[:: len(a) + 1] += ridge(hessian, tried)
+        try:
+            _cholesky(a)
+        except np.linalg.LinAlgError:
+            continue
+        return a, tried
+    raise BadInput(f"the hessian is not positive definite, even with {tried:g} of its mean diagonal added to it")
+
+
+def _cholesky(a: Doubles) -> None:
+    """The lower Cholesky factor in place of a symmetric matrix, zeros above it; LinAlgError unless positive definite.
+
+    In place and by blocks, because numpy's own takes three times the matrix.
+    """
+    for low in range(0, len(a), BLOCK):
+        high = min(low + BLOCK, len(a))
+        a[low:, low:high] -= a[low:, :low] @ a[low:high, :low].T
+        corner = np.linalg.cholesky(a[low:high, low:high])
+        if not np.isfinite(corner).all() or np.diagonal(corner).min() < 1e-150:
+            raise np.linalg.LinAlgError
+        a[low:high, low:high] = corner
+        a[high:, low:high] = a[high:, low:high] @ np.linalg.inv(corner).T
+        a[low:high, high:] = 0
+
+
+def _invert(lower: Doubles) -> None:
+    """The inverse in place of a lower triangular matrix, by blocks of rows."""
+    for low in range(0, len(lower), BLOCK):
+        high = min(low + BLOCK, len(lower))
+        corner = np.linalg.inv(lower[low:high, low:high])
+        lower[low:high, :low] = -(corner @ (lower[low:high, :low] @ lower[:low, :low]))
+        lower[low:high, low:high] = corner
+
+
+def losses(error: NDArray[Any], hessian: NDArray[Any]) -> Doubles:
+    """e H eᵀ of each row of an error (out, in): float64 (out,), summed in float64."""
+    found = np.empty(len(error), np.float64)
+    h = hessian.astype(np.float64)
+    for low in range(0, len(error), 512):
+        rows = error[low : low + 512].astype(np.float64)
+        found[low : low + 512] = np.einsum("oi,oi->o", rows @ h, rows)
+    return found
+
+
+def relative_loss(weight: NDArray[Any], solved: NDArray[Any], hessian: NDArray[Any]) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ): the share of the layer's output that is lost; 0 where there is no output."""
+    w = weight.astype(np.float32)
+    whole = float(losses(w, hessian).sum())
+    return float(losses(w - solved.astype(np.float32), hessian).sum()) / whole if whole > 0 else 0.0
+
+
+def ridge(hessian: NDArray[Any], damping: float) -> float:
+    """What damping adds to the diagonal: a share of its mean, or of 1 where nothing was seen."""
+    return damping * (float(np.diagonal(hessian).astype(np.float64).mean()) or 1.0)

@@ -35,9 +35,9 @@ class Penjing:
         return {
             "seconds": seconds,
             "version": f"Penjing {__version__}",
-            "bytes": bytes_read_per_token(self.engine.model, LENGTH),
+            "bytes": bytes_read_per_token(self.engine.model, ready.kv_cache_dtype, LENGTH),
             "weights_bytes": ready.weights_bytes,
-            "cache": cache or "the engine's own choice",
+            "cache": ready.kv_cache_dtype,
         } | WORDS[kind]
 
     def prefill(self, tokens: int, seed: int) -> dict[str, Any]:
@@ -48,16 +48,21 @@ class Penjing:
         return {"seconds": seconds, "tokens": written}
 
     def prefix(self, tokens: int, seed: int) -> dict[str, Any]:
-        cold = self._run(1, tokens, 1, seed)[0]
-        return {"cold": cold, "seconds": self._run(1, tokens, 1, seed)[0]}
+        salt = f"prefix {next(self._ids)}"
+        cold = self._run(1, tokens, 1, seed, salt)[0]
+        return {"cold": cold, "seconds": self._run(1, tokens, 1, seed, salt)[0]}
 
-    def _run(self, streams: int, length: int, tokens: int, seed: int) -> tuple[float, float, int]:
-        """Seconds until every stream has a token, seconds after that, and the tokens written in these."""
+    def _run(self, streams: int, length: int, tokens: int, seed: int, salt: str = "") -> tuple[float, float, int]:
+        """Seconds until every stream has a token, seconds after that, and the tokens written in these.
+
+        Without a salt nothing is found in the prefix cache: a prompt that was read before must be read again.
+        """
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         start = time.perf_counter()
         for stream in range(streams):
             prompt = protocol.prompt(length, seed, stream)
-            self.engine.add(Request(f"{next(self._ids)}", prompt, params))
+            id = f"{next(self._ids)}"
+            self.engine.add(Request(id, prompt, params, cache_salt=salt or id))
         started: set[str] = set()
         first, written = None, 0
         while self.engine.has_work:

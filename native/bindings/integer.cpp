@@ -59,7 +59,7 @@ nb::object call_linear(const IntegerLinear &layer, const In &x, std::optional<fl
   float *y;
   nb::object result = output(out, shape, 2, &y);
   nb::gil_scoped_release release;
-  layer.run(from, m, how, {y, nullptr}, layer.rows);
+  layer.run(from, m, how, {y, nullptr});
   return result;
 }
 
@@ -73,7 +73,7 @@ nb::object linear_sums(const IntegerLinear &layer, const In &codes, int zero) {
   nb::object result = numpy_array(shape, 2, &sums);
   nb::gil_scoped_release release;
   const auto m = static_cast<int64_t>(shape[0]);
-  layer.run(as_floats(from, m * layer.columns).data(), m, {Activation::codes, 1, zero}, {nullptr, sums}, layer.rows);
+  layer.run(as_floats(from, m * layer.columns).data(), m, {Activation::codes, 1, zero}, {nullptr, sums});
   return result;
 }
 

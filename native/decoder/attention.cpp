@@ -83,10 +83,6 @@ void mix(const AttentionMixer &a, Pass &pass, const float *x, float *y) {
   pass.memory->release(before);
 }
 
-int64_t floats_of(const AttentionMixer &mixer, int64_t rows) {
-  Memory counted;
-  Floats(counted, mixer, rows);
-  return counted.most();
-}
+int64_t floats_of(const AttentionMixer &mixer, int64_t rows) { return count_floats<Floats>(mixer, rows); }
 
 } // namespace penjing

@@ -93,14 +93,11 @@ void compute(const Block &block, Pass &pass, float *x) {
 }
 
 int64_t floats_of(const Block &block, int64_t rows, int64_t hidden) {
-  Memory counted;
-  Floats(counted, block, rows, hidden);
   const int64_t mixer = std::visit([&](const auto &each) { return floats_of(each, rows); }, block.mixer);
   const int64_t mlp = std::holds_alternative<Mlp>(block.mlp) ? floats_of(std::get<Mlp>(block.mlp), rows)
                                                              : floats_of(std::get<Experts>(block.mlp), rows, hidden);
-  Memory extra;
-  PerLayer(extra, block, rows, hidden);
-  return counted.most() + std::max({mixer, mlp, extra.most()});
+  return count_floats<Floats>(block, rows, hidden) +
+         std::max({mixer, mlp, count_floats<PerLayer>(block, rows, hidden)});
 }
 
 } // namespace penjing

@@ -92,10 +92,6 @@ void mix(const DeltaMixer &d, Pass &pass, const float *x, float *y) {
   pass.memory->release(before);
 }
 
-int64_t floats_of(const DeltaMixer &mixer, int64_t rows) {
-  Memory counted;
-  Floats(counted, mixer, rows);
-  return counted.most();
-}
+int64_t floats_of(const DeltaMixer &mixer, int64_t rows) { return count_floats<Floats>(mixer, rows); }
 
 } // namespace penjing

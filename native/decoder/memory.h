@@ -30,4 +30,12 @@ private:
   int64_t used_ = 0, most_ = 0;
 };
 
+// Floats that a part takes at once, by the struct that lays them out.
+template <class Floats, class... Arguments>
+int64_t count_floats(const Arguments &...arguments) {
+  Memory counted;
+  Floats(counted, arguments...);
+  return counted.most();
+}
+
 } // namespace penjing

@@ -131,16 +131,10 @@ void feed(const Experts &e, Pass &pass, const float *x, const float *stream, flo
   pass.memory->release(before);
 }
 
-int64_t floats_of(const Mlp &mlp, int64_t rows) {
-  Memory counted;
-  Floats(counted, mlp, rows);
-  return counted.most();
-}
+int64_t floats_of(const Mlp &mlp, int64_t rows) { return count_floats<Floats>(mlp, rows); }
 
 int64_t floats_of(const Experts &experts, int64_t rows, int64_t hidden) {
-  Memory counted;
-  Routed(counted, experts, rows, hidden);
-  return counted.most();
+  return count_floats<Routed>(experts, rows, hidden);
 }
 
 } // namespace penjing

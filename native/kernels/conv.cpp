@@ -89,7 +89,7 @@ IntegerConv::IntegerConv(const ConvShape &s, const int8_t *codes, const float *s
       std::copy_n(codes + (first + row) * inputs * taps, inputs * taps, out + group * inputs * taps);
     }
     parts_.emplace_back(wide.data(), outputs, width, columns, scale + first, zero_point ? zero_point + first : nullptr,
-                        bias ? bias + first : nullptr, false);
+                        bias ? bias + first : nullptr);
   }
 }
 

@@ -41,8 +41,6 @@ PENJING_INLINE F16 column(Codes codes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(codes, k)));
 }
 
-PENJING_INLINE Quads expand_quads(const int8_t *p, uint64_t mask) { return expand_bytes(p, mask); }
-
 #else
 
 PENJING_INLINE F16 expand_floats(const float *p, uint32_t mask) {
@@ -112,8 +110,6 @@ template <int k>
 PENJING_INLINE F16 column(const Codes &codes) {
   return from_int8(codes.v + k * 16);
 }
-
-PENJING_INLINE Quads expand_quads(const int8_t *p, uint64_t mask) { return quads(expand_bytes(p, mask).v); }
 
 #endif
 

@@ -17,12 +17,11 @@ struct Step {
 inline Step fit(const float *x, int64_t n, const Activation &activation) {
   float low = 0, high = 0, step = activation.step;
   int zero = activation.zero;
-  if (activation.kind == Activation::affine || activation.kind == Activation::symmetric) {
+  if (activation.kind == Activation::affine) {
     kernels().range(x, n, &low, &high);
-    const bool symmetric = activation.kind == Activation::symmetric;
-    step = symmetric ? std::max(-low, high) / 127.5f : (high - low) / 255.0f;
+    step = (high - low) / 255.0f;
     step = step == 0 ? 1 : step;
-    zero = symmetric ? 0 : static_cast<int>(std::clamp(std::nearbyint(-128.0f - low / step), -128.0f, 127.0f));
+    zero = static_cast<int>(std::clamp(std::nearbyint(-128.0f - low / step), -128.0f, 127.0f));
   }
   const bool coded = activation.kind == Activation::codes;
   return {step, 1.0f / step, coded ? 0.0f : static_cast<float>(zero), zero + 128};

@@ -1,5 +1,4 @@
 // Unsigned bytes times signed bytes, summed in int32: linear layers, and convolutions by their offsets.
-#include "kernels/expand.h"
 #include "kernels/kernels.h"
 #include "kernels/simd.h"
 
@@ -28,26 +27,17 @@ struct Rows {
 };
 
 // sum[r][i] = Σ x · w over all quads.
-template <int rows, int panels, bool sparse, bool gathered>
+template <int rows, int panels, bool gathered>
 PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t panel, I16 (&sum)[rows][panels]) {
   for (auto &row : sum)
     for (I16 &s : row)
       s = izero();
-  const int8_t *kept[panels];
-  for (int i = 0; i < panels; ++i)
-    kept[i] = sparse ? w.values + w.begin[panel + i] : w.values + (panel + i) * w.quads * 64;
+  const int8_t *values = w.values + panel * w.quads * 64;
   for (int64_t q = 0; q < w.quads; ++q) {
     const int64_t at = gathered ? x.quad_offset[q] : 4 * q;
     Quads weight[panels];
-    for (int i = 0; i < panels; ++i) {
-      if constexpr (sparse) {
-        const uint64_t mask = w.mask[(panel + i) * w.quads + q];
-        weight[i] = expand_quads(kept[i], mask);
-        kept[i] += __builtin_popcountll(mask);
-      } else {
-        weight[i] = quads(kept[i] + q * 64);
-      }
-    }
+    for (int i = 0; i < panels; ++i)
+      weight[i] = quads(values + (i * w.quads + q) * 64);
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < panels; ++i)
         sum[r][i] = dot4(sum[r][i], x.begin[r] + at, weight[i]);
@@ -120,12 +110,7 @@ void tile(const Int8Product &p, int64_t panel, int64_t row) {
   const Int8Weight &w = *p.weight;
   const Rows<rows> x(p, row);
   I16 sum[rows][panels], x_sum[rows];
-  if (w.mask)
-    p.quad_offset ? multiply<rows, panels, true, true>(w, x, panel, sum)
-                  : multiply<rows, panels, true, false>(w, x, panel, sum);
-  else
-    p.quad_offset ? multiply<rows, panels, false, true>(w, x, panel, sum)
-                  : multiply<rows, panels, false, false>(w, x, panel, sum);
+  p.quad_offset ? multiply<rows, panels, true>(w, x, panel, sum) : multiply<rows, panels, false>(w, x, panel, sum);
   if (w.zero_point)
     row_sums<rows>(w, x, x_sum);
   else

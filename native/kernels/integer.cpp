@@ -18,7 +18,7 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 } // namespace
 
 Int8Panels::Int8Panels(const int8_t *codes, int64_t rows, int64_t columns, const std::vector<int64_t> &column_of,
-                       const float *scale, const int8_t *zero_point, const float *bias, bool sparse) {
+                       const float *scale, const int8_t *zero_point, const float *bias) {
   const int64_t padded = round_up(rows, lanes), quads = static_cast<int64_t>(column_of.size()) / 4;
   values_ = Buffer<int8_t>(padded * quads * 4);
   sum_ = Buffer<int32_t>(padded);
@@ -42,36 +42,11 @@ Int8Panels::Int8Panels(const int8_t *codes, int64_t rows, int64_t columns, const
     if (bias)
       bias_[row] = real ? bias[row] : 0;
   }
-  weight_ = {rows, quads, values_.data(), nullptr, nullptr, sum_.data(), zero_point ? zero_point_.data() : nullptr};
-  if (sparse)
-    keep_nonzeros();
-}
-
-void Int8Panels::keep_nonzeros() {
-  const int64_t vectors = values_.size() / 64;
-  mask_ = Buffer<uint64_t>(vectors);
-  begin_ = Buffer<int64_t>(panels());
-  Buffer<int8_t> kept(values_.size() - std::count(values_.begin(), values_.end(), 0));
-  int8_t *out = kept.data();
-  for (int64_t v = 0; v < vectors; ++v) {
-    if (v % weight_.quads == 0)
-      begin_[v / weight_.quads] = out - kept.data();
-    mask_[v] = 0;
-    for (int i = 0; i < 64; ++i)
-      if (const int8_t code = values_[v * 64 + i]) {
-        mask_[v] |= uint64_t{1} << i;
-        *out++ = code;
-      }
-  }
-  values_ = std::move(kept);
-  weight_.values = values_.data();
-  weight_.mask = mask_.data();
-  weight_.begin = begin_.data();
+  weight_ = {rows, quads, values_.data(), sum_.data(), zero_point ? zero_point_.data() : nullptr};
 }
 
 int64_t Int8Panels::bytes() const {
-  return values_.bytes() + mask_.bytes() + begin_.bytes() + sum_.bytes() + zero_point_.bytes() + scale_.bytes() +
-         bias_.bytes();
+  return values_.bytes() + sum_.bytes() + zero_point_.bytes() + scale_.bytes() + bias_.bytes();
 }
 
 static std::vector<int64_t> columns_in_order(int64_t columns) {
@@ -81,12 +56,11 @@ static std::vector<int64_t> columns_in_order(int64_t columns) {
 }
 
 IntegerLinear::IntegerLinear(const int8_t *codes, int64_t rows, int64_t columns, const float *scale,
-                             const int8_t *zero_point, const float *bias, bool relu, bool sparse)
-    : rows(rows), columns(columns),
-      panels_(codes, rows, columns, columns_in_order(columns), scale, zero_point, bias, sparse), relu_(relu) {}
+                             const int8_t *zero_point, const float *bias, bool relu)
+    : rows(rows), columns(columns), panels_(codes, rows, columns, columns_in_order(columns), scale, zero_point, bias),
+      relu_(relu) {}
 
-void IntegerLinear::run(const float *x, int64_t m, const Activation &activation, Result result, int64_t stride,
-                        const float *bias) const {
+void IntegerLinear::run(const float *x, int64_t m, const Activation &activation, Result result) const {
   struct Bytes;
   struct Steps;
   struct Zeros;
@@ -102,9 +76,8 @@ void IntegerLinear::run(const float *x, int64_t m, const Activation &activation,
     steps[row] = step.step;
     zeros[row] = step.zero;
   };
-  const Int8Product product{
-      &weight, bytes,    nullptr,     nullptr, zeros, steps, 1, panels_.scale(), bias ? bias : panels_.bias(),
-      relu_,   result.y, result.sums, stride,  1};
+  const Int8Product product{&weight,         bytes,          nullptr, nullptr,  zeros,       steps, 1,
+                            panels_.scale(), panels_.bias(), relu_,   result.y, result.sums, rows,  1};
   if (m * rows * columns < worth_sharing) {
     for (int64_t row = 0; row < m; ++row)
       encode(row);

@@ -15,10 +15,9 @@ namespace penjing {
 // How activations get their codes.
 struct Activation {
   enum Kind {
-    affine,    // step and zero point from the range of the row (linear) or sample (convolution), zero included
-    symmetric, // step = absmax / 127.5, zero point 0
-    fixed,     // step and zero as given
-    codes,     // x has integers already; zero is their zero point, the step is 1
+    affine, // step and zero point from the range of the row (linear) or sample (convolution), zero included
+    fixed,  // step and zero as given
+    codes,  // x has integers already; zero is their zero point, the step is 1
   } kind;
   float step = 1;
   int zero = 0;
@@ -36,7 +35,7 @@ public:
   // codes (rows, columns) where quad q, byte b is column column_of(4·q + b), or nothing when that is −1.
   // scale (rows); zero_point (rows), bias (rows) or null.
   Int8Panels(const int8_t *codes, int64_t rows, int64_t columns, const std::vector<int64_t> &column_of,
-             const float *scale, const int8_t *zero_point, const float *bias, bool sparse);
+             const float *scale, const int8_t *zero_point, const float *bias);
 
   const Int8Weight &weight() const { return weight_; }
   const float *scale() const { return scale_.data(); }
@@ -45,12 +44,8 @@ public:
   int64_t bytes() const;
 
 private:
-  void keep_nonzeros();
-
   Int8Weight weight_{};
   Buffer<int8_t> values_;
-  Buffer<uint64_t> mask_;
-  Buffer<int64_t> begin_;
   Buffer<int32_t> sum_, zero_point_;
   Buffer<float> scale_, bias_;
 };
@@ -58,12 +53,10 @@ private:
 class IntegerLinear {
 public:
   IntegerLinear(const int8_t *codes, int64_t rows, int64_t columns, const float *scale, const int8_t *zero_point,
-                const float *bias, bool relu, bool sparse = false);
+                const float *bias, bool relu);
 
-  // x (m, columns) → (m, rows), rows of the result `stride` apart. `bias` takes the place of the layer's own when
-  // given.
-  void run(const float *x, int64_t m, const Activation &activation, Result result, int64_t stride,
-           const float *bias = nullptr) const;
+  // x (m, columns) → (m, rows).
+  void run(const float *x, int64_t m, const Activation &activation, Result result) const;
 
   const Int8Panels &panels() const { return panels_; }
   const int64_t rows, columns;

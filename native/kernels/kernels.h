@@ -41,8 +41,6 @@ struct FloatProduct {
 struct Int8Weight {
   int64_t rows, quads;
   const int8_t *values;
-  const uint64_t *mask;      // sparse: [panel][quad], bit 4·row + column; else null
-  const int64_t *begin;      // sparse: where each panel's values begin
   const int32_t *sum;        // [panel][16]: of (code − zero point) over the true columns
   const int32_t *zero_point; // [panel][16], or null
 };

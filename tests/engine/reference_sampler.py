@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from penjing.engine.messages import Logprobs, SamplingParams
+from penjing.engine.messages import SamplingParams
+from penjing.models.step import Logprobs
 
 GREEDY_BELOW = 1e-5
 

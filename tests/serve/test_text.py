@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from penjing.engine.messages import Event, Logprobs
+from penjing.engine.messages import Event
+from penjing.models.step import Logprobs
 from penjing.models.tokenizer import Tokenizer
 from penjing.serve.text import Choice, StopStrings, TokenBytes
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from ..errors import BadInput, OutOfBudget, Unsupported
 from ..hardware import memory_available_bytes, memory_limit_bytes
+from ..kernels import KvPool
 from ..models import ModelConfig
 from ..models.step import StepModel
 from .blocks import BLOCK, blocks_for
-from .messages import KV_TYPES, Load
+from .messages import Load
 from .scheduler import Limits
 
 # What the two processes take beside weights and caches: measured 120 MB resident with a vocabulary of 4096; the rest
@@ -45,9 +46,9 @@ class Sizes:
     @classmethod
     def expected(cls, config: ModelConfig, load: Load, stored: int, kv_type: str) -> Sizes:
         """Before anything is read: no more than what `of` will say."""
-        floats = sum(layer.floats for layer in config.kv_layers if layer is not None)
+        layers = [(each.kv_heads, each.key_dim, each.value_dim) for each in config.kv_layers if each is not None]
         step = FLOAT * load.max_num_batched_tokens * config.hidden
-        return cls(stored, int(BLOCK * floats * KV_TYPES[kv_type]), config.state_bytes, step)
+        return cls(stored, KvPool.block_bytes(layers, kv_type), config.state_bytes, step)
 
     def __add__(self, other: Sizes) -> Sizes:
         return Sizes(

@@ -10,9 +10,8 @@ import numpy as np
 
 from ..errors import BadInput
 from ..kernels import Sampler
-from ..models import step
-from ..models.step import Chunk, Result, StepModel
-from .messages import Event, FinishReason, Logprobs, Request, Stats, Timings
+from ..models.step import Chunk, Logprobs, Result, StepModel
+from .messages import Event, FinishReason, Request, Stats, Timings
 from .sampler import sampler_for
 from .scheduler import Limits, Scheduler, Work
 from .speculate import Speculation
@@ -182,7 +181,7 @@ class Engine:
         event = Event(
             request_id=work.id,
             tokens=tokens,
-            logprobs=[_plain(each) for each in result.logprobs[: len(tokens)]],
+            logprobs=result.logprobs[: len(tokens)],
             prompt_logprobs=sequence.scores if first else [],
             cached_tokens=self.scheduler.cached(work.id) if first else 0,
             finish_reason=reason,
@@ -197,7 +196,7 @@ class Engine:
         """Keep the log-probabilities of prompt tokens that are not known yet: a part may have been computed twice."""
         first, prompt = work.start + 1, len(sequence.request.prompt)
         known = len(sequence.scores) + 1
-        sequence.scores += [_plain(each) for each in result.scores[max(0, known - first) : max(0, prompt - first)]]
+        sequence.scores += result.scores[max(0, known - first) : max(0, prompt - first)]
 
     @staticmethod
     def _until_end(sequence: _Sequence, tokens: list[int]) -> list[int]:
@@ -217,7 +216,3 @@ class Engine:
         timings = self._sequences[id].timings(self._clock())
         self.abort(id)
         return Event(request_id=id, finish_reason="error", error=message, timings=timings)
-
-
-def _plain(found: step.Logprobs) -> Logprobs:
-    return Logprobs(found.chosen, found.top)

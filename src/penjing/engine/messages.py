@@ -11,6 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta, Struct
 
+from ..models.step import Logprobs
+
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -72,13 +74,6 @@ class Request(Struct, frozen=True):
     cache_salt: str = ""
 
 
-class Logprobs(Struct, frozen=True, array_like=True):
-    """Natural log-probabilities of the token that stands there and of the likeliest ones, best first."""
-
-    chosen: float
-    top: list[tuple[int, float]]
-
-
 class Timings(Struct, frozen=True, array_like=True):
     """Seconds that a sequence waited, read its prompt, and wrote; by the engine's own clock."""
 
@@ -125,14 +120,10 @@ class Stats(Struct, frozen=True, array_like=True):
     accepted: int = 0
 
 
-# Types of a cache → bytes of an element, steps not counted.
-KV_TYPES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
-
-
 class Load(Struct, frozen=True, tag=True, kw_only=True):
     """To the engine's process, first of all: which model, within what. None: as much as fits, or what suits the model.
 
-    kv_cache_dtype: of `KV_TYPES`, or "auto".  speculative: "prompt", or the folder of a draft.
+    kv_cache_dtype: of `kernels.KV_TYPES`, or "auto".  speculative: "prompt", or the folder of a draft.
     """
 
     folder: str

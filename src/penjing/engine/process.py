@@ -19,6 +19,7 @@ import msgspec
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadInput, PenjingError, Unsupported, nearest
+from ..kernels import KV_TYPES
 from ..models import load as load_model
 from ..models import read_config
 from ..models.step import StepModel
@@ -26,7 +27,6 @@ from . import budget
 from .budget import Sizes
 from .engine import Engine
 from .messages import (
-    KV_TYPES,
     Abort,
     Add,
     Command,

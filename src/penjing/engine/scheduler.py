@@ -246,7 +246,7 @@ class Scheduler:
         for each in list(self._running):
             if each.slot < 0 or not each.reads:
                 continue
-            self._reuse(each)
+            self._reuse(each, self._find(each))
             count = min(each.length - each.computed, room, scored if each.scored else room)
             # A block that somebody before it computes in this step it will find there in the next one.
             if count < 1 or self._is_under_way(each) or not self._grow(each, each.computed + count):
@@ -283,7 +283,7 @@ class Scheduler:
             _insert(self._running, head)
             if self.limits.prefix_caching and not head.scored and head.admissions == 1:
                 self.prefix_queries += head.prompt
-            self._reuse(head)
+            self._reuse(head, reused)
             promised += head.missing
 
     def _find(self, each: _Sequence) -> list[int]:
@@ -292,8 +292,7 @@ class Scheduler:
             return []
         return self.blocks.find(each.names_of(each.computed // BLOCK, each.reusable))
 
-    def _reuse(self, each: _Sequence) -> None:
-        found = self._find(each)
+    def _reuse(self, each: _Sequence, found: Sequence[int]) -> None:
         for block in found:
             self.blocks.hold(block)
         each.table += found

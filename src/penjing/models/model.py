@@ -24,17 +24,13 @@ from .weights import (
     read_norm,
 )
 
-BLOCK_TOKENS = 32  # positions of a cache block
-
 
 class Model:
     """Weights in memory and the computation.
 
-    A sequence's keys and values lie in cache blocks of `block_tokens` positions, wherever its table says; models with a
-    recurrent state (`has_state`) keep that in slots. Who owns which blocks and slots is the caller's to decide.
+    A sequence's keys and values lie in cache blocks of `kernels.KV_TOKENS` positions, wherever its table says; models
+    with a recurrent state (`has_state`) keep that in slots. Who owns which blocks and slots is the caller's to decide.
     """
-
-    block_tokens = BLOCK_TOKENS
 
     def __init__(
         self, checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto", length: int | None = None

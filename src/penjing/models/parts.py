@@ -216,25 +216,20 @@ def fused_expert(at: str, inner: int, number: int) -> dict[str, tuple[Source, ..
     }
 
 
-def pre_norm(hidden: int, norm: MakeNorm) -> Weights:
-    """The usual two norms of a block, each before its part."""
-    return Weights(
-        norms={
-            "attention_in": norm("input_layernorm", hidden),
-            "mlp_in": norm("post_attention_layernorm", hidden),
-        }
-    )
+def norms_at(**names: str) -> Callable[[int, MakeNorm], Weights]:
+    """The norms of a block, by place: the name of each."""
+    return lambda hidden, norm: Weights(norms={place: norm(name, hidden) for place, name in names.items()})
 
 
-def sandwich(hidden: int, norm: MakeNorm) -> Weights:
-    """Gemma's four norms of a block: before and after each part."""
-    places = {
-        "attention_in": "input_layernorm",
-        "attention_out": "post_attention_layernorm",
-        "mlp_in": "pre_feedforward_layernorm",
-        "mlp_out": "post_feedforward_layernorm",
-    }
-    return Weights(norms={place: norm(name, hidden) for place, name in places.items()})
+# The usual two norms of a block, each before its part.
+pre_norm = norms_at(attention_in="input_layernorm", mlp_in="post_attention_layernorm")
+# Gemma's four: before and after each part.
+sandwich = norms_at(
+    attention_in="input_layernorm",
+    attention_out="post_attention_layernorm",
+    mlp_in="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
 
 
 def decoder(read: Reader, blocks: Iterable[Block], final_norm: Norm, *, tied: bool = False, **more: Any) -> ModelConfig:

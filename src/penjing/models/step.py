@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +34,7 @@ class Chunk:
     score: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Logprobs:
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural log-probabilities of the token that stands there and of the likeliest ones, best first."""
 
     chosen: float

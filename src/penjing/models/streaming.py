@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from .. import _native
 from ..checkpoint import Checkpoint
-from ..kernels import Matrix, norm
+from ..kernels import KV_TOKENS, Matrix, norm
 from .config import Attention, ModelConfig
 from .layers import Array
-from .model import BLOCK_TOKENS
 from .step import Chunk
 from .weights import (
     Activations,
@@ -187,7 +186,7 @@ def _tables(sizes: Sequence[int], whole: bool) -> list[NDArray[np.int32]]:
     for batch in _batches(sizes):
         next_block = next_block if whole else 0
         for size in batch:
-            count = -(-size // BLOCK_TOKENS)
+            count = -(-size // KV_TOKENS)
             tables.append(np.arange(next_block, next_block + count, dtype=np.int32))
             next_block += count
     return tables

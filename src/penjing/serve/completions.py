@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.messages import Logprobs
+from ..models.step import Logprobs
 from .logprobs import completion_logprobs
 from .openai import CompletionRequest
 from .service import Job, Service

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engine.client import EngineProcess, Generation
-from ..engine.messages import Load, Logprobs, Request, SamplingParams
+from ..engine.messages import Load, Request, SamplingParams
 from ..models import ModelConfig
+from ..models.step import Logprobs
 from .errors import APIError, bad_request, context_length_exceeded, model_not_found, overloaded, unavailable
 from .metrics import Metrics, Watch
 from .prompts import Prompts

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer as Backend
 
-from ..engine.messages import Event, Logprobs
+from ..engine.messages import Event
+from ..models.step import Logprobs
 from ..models.tokenizer import Tokenizer
 
 

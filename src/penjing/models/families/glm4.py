@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig, Weights
-from ..parts import MakeNorm, split
+from ..config import ModelConfig
+from ..parts import norms_at, split
 from ..reader import Reader
 from ..rope import read_rope
 from .llama import like_llama
@@ -20,18 +20,13 @@ def read(values: Mapping[str, Any], where: str) -> ModelConfig:
     return like_llama(
         read,
         ropes=[rope] * read.layers,
-        norms=_four,
+        norms=norms_at(
+            attention_in="input_layernorm",
+            attention_out="post_self_attn_layernorm",
+            mlp_in="post_attention_layernorm",
+            mlp_out="post_mlp_layernorm",
+        ),
         qkv_bias=read.flag("attention_bias", True),
         sources=split("mlp.gate_up_proj", {"gate": inner, "up": inner}),
         attention={"rope_interleaved": True},
     )
-
-
-def _four(hidden: int, norm: MakeNorm) -> Weights:
-    places = {
-        "attention_in": "input_layernorm",
-        "attention_out": "post_self_attn_layernorm",
-        "mlp_in": "post_attention_layernorm",
-        "mlp_out": "post_mlp_layernorm",
-    }
-    return Weights(norms={place: norm(name, hidden) for place, name in places.items()})

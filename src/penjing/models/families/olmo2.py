@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig, Weights
-from ..parts import MakeNorm, rms
+from ..config import ModelConfig
+from ..parts import norms_at, rms
 from ..reader import Reader
 from .llama import like_llama
 
@@ -30,11 +30,5 @@ def like_olmo2(read: Reader, **more: Any) -> ModelConfig:
     )
 
 
-def post_norm(hidden: int, norm: MakeNorm) -> Weights:
-    """A norm after each part."""
-    return Weights(
-        norms={
-            "attention_out": norm("post_attention_layernorm", hidden),
-            "mlp_out": norm("post_feedforward_layernorm", hidden),
-        }
-    )
+# A norm after each part.
+post_norm = norms_at(attention_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")

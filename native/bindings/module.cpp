@@ -14,6 +14,7 @@ void decoder(nb::module_ &m);
 void elements(nb::module_ &m);
 void kv(nb::module_ &m);
 void sample(nb::module_ &m);
+void stored(nb::module_ &m);
 } // namespace penjing::bindings
 
 NB_MODULE(_native, m) {
@@ -29,4 +30,5 @@ NB_MODULE(_native, m) {
   penjing::bindings::elements(m);
   penjing::bindings::kv(m);
   penjing::bindings::sample(m);
+  penjing::bindings::stored(m);
 }

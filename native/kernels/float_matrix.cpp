@@ -2,9 +2,11 @@
 #include "kernels/matrix.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <vector>
 
+#include "kernels/stored.h"
 #include "runtime/buffer.h"
 #include "runtime/pool.h"
 
@@ -68,6 +70,46 @@ public:
     weight_.rows = rows;
     weight_.columns = source_.columns();
     weight_.groups = groups;
+  }
+
+  // The numbers: code, groups. The arrays: values, mask, where panels begin, steps, steps as bfloat16, zero points.
+  explicit FloatMatrix(const StoredReader &in)
+      : FloatMatrix(static_cast<Code>(in.number(0, 0, static_cast<int64_t>(Code::int2))), in.header().rows,
+                    in.header().columns, in.number(1, 1, in.header().columns)) {
+    in.check(columns % source_.groups == 0, "groups that do not divide its columns");
+    const int64_t panel = weight_.columns * lanes * bits_of(weight_.code) / 8, size = panels() * source_.groups * lanes;
+    const bool sparse = in.has(1), coded = weight_.code >= Code::int8;
+    values_ = sparse ? in.bytes(0) : in.array<uint8_t>(0, panels() * panel);
+    if (sparse) {
+      in.check(!coded || weight_.code <= Code::int4, "sparse codes that no kernel has");
+      mask_ = in.array<uint16_t>(1, panels() * weight_.columns);
+      begin_ = in.array<int64_t>(2, panels());
+      in.check(panels_follow(), "panels that do not follow each other");
+    } else {
+      in.array<int64_t>(2, 0);
+    }
+    in.check(coded ? in.has(3) != in.has(4) : !in.has(3) && !in.has(4) && !in.has(5), "steps");
+    scale_ = in.array<float>(3, in.has(3) ? size : 0);
+    scale16_ = in.array<uint16_t>(4, in.has(4) ? size : 0);
+    zero_point_ = in.array<int8_t>(5, in.has(5) ? size : 0);
+    weight_.values = values_.data();
+    weight_.panel_bytes = sparse ? 0 : panel;
+    weight_.mask = mask_.data();
+    weight_.begin = begin_.data();
+    weight_.scale = scale_.data();
+    weight_.scale16 = scale16_.data();
+    weight_.zero_point = zero_point_.data();
+  }
+
+  Stored stored() const override {
+    Stored s{{Stock::floats, rows, columns, {static_cast<int64_t>(weight_.code), source_.groups}, {}}};
+    s.add(0, values_);
+    s.add(1, mask_);
+    s.add(2, begin_);
+    s.add(3, scale_);
+    s.add(4, scale16_);
+    s.add(5, zero_point_);
+    return s;
   }
 
   // T: float or uint16_t by the code.
@@ -164,6 +206,23 @@ protected:
 
 private:
   int64_t panels() const { return (rows + lanes - 1) / lanes; }
+
+  // Does each sparse panel end, by its masks, where the next begins?
+  bool panels_follow() const {
+    const int bits = bits_of(weight_.code);
+    int64_t at = 0;
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      if (begin_[panel] != at)
+        return false;
+      for (int64_t k = 0; k < weight_.columns; k += 4) { // nibbles of four columns begin at a whole byte
+        int kept = 0;
+        for (int64_t j = 0; j < 4; ++j)
+          kept += std::popcount(mask_[panel * weight_.columns + k + j]);
+        at += (kept * bits + 7) / 8;
+      }
+    }
+    return at == values_.size();
+  }
 
   // Few rows: long runs of panels, for the memory's sake. Many: pairs of panels, and blocks of rows too when
   // there are not enough pairs to share.
@@ -287,5 +346,7 @@ std::unique_ptr<Matrix> coded_matrix(const Codes &codes, bool sparse) {
   matrix->pack_codes(codes, sparse);
   return matrix;
 }
+
+std::unique_ptr<Matrix> restored_floats(const StoredReader &reader) { return std::make_unique<FloatMatrix>(reader); }
 
 } // namespace penjing

@@ -1,11 +1,13 @@
 // Weights for integer activations: how they are packed, and how a product is divided.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "kernels/group_pack.h"
 #include "kernels/matrix.h"
+#include "kernels/stored.h"
 #include "runtime/pool.h"
 
 namespace penjing {
@@ -65,22 +67,47 @@ public:
   template <class Source>
   GroupMatrix(const Source &source, int64_t rows, int64_t columns, int64_t groups, GroupCode code, uint8_t zero,
               bool per_row)
-      : Matrix(rows, columns), segments_(cut(columns / groups, code, per_row)), span_(per_row ? 127.5f : 127.0f) {
-    w_.code = code;
-    w_.rows = rows;
-    w_.groups = groups;
-    w_.parts = segments_.parts;
-    w_.quads = segments_.length / 4;
-    w_.per_row = per_row;
-    w_.zero = zero;
-    w_.wide_scale = !scales_are_bfloat16(source);
-    w_.scale_bytes = round_up(groups * lanes * (w_.wide_scale ? 4 : 2), line);
-    w_.zero_bytes = source.affine() ? round_up(groups * lanes, line) : 0;
+      : GroupMatrix(rows, columns, groups, code, zero, per_row) {
+    steps(!scales_are_bfloat16(source), source.affine());
     if (code >= GroupCode::sparse8)
       pack_kept(source);
     else
       pack_all(source);
     w_.panels = panels_.data();
+  }
+
+  // The numbers: groups, code, zero, per row, wide steps, zero points. The arrays: panels, where they begin.
+  explicit GroupMatrix(const StoredReader &in)
+      : GroupMatrix(in.header().rows, in.header().columns, in.number(0, 1, in.header().columns),
+                    static_cast<GroupCode>(in.number(1, 0, static_cast<int64_t>(GroupCode::sparse4))),
+                    static_cast<uint8_t>(in.number(2, 0, 255)), in.number(3, 0, 1)) {
+    const bool affine = in.number(5, 0, 1);
+    in.check(columns % w_.groups == 0, "groups that do not divide its columns");
+    in.check(!w_.per_row || w_.groups == 1, "one step a row, but many groups");
+    in.check(w_.code != GroupCode::mxfp4 || (columns == 32 * w_.groups && !affine), "groups that MXFP4 has not");
+    steps(in.number(4, 0, 1), affine);
+    if (w_.code >= GroupCode::sparse8) {
+      panels_ = in.bytes(0);
+      begin_ = in.array<int64_t>(1, panels());
+      in.check(panels_follow(), "panels that do not follow each other");
+      w_.begin = begin_.data();
+    } else {
+      w_.panel_bytes = dense_panel();
+      panels_ = in.array<uint8_t>(0, panels() * w_.panel_bytes);
+      in.array<int64_t>(1, 0);
+    }
+    w_.panels = panels_.data();
+  }
+
+  Stored stored() const override {
+    Stored s{{Stock::groups,
+              rows,
+              columns,
+              {w_.groups, static_cast<int64_t>(w_.code), w_.zero, w_.per_row, w_.wide_scale, w_.zero_bytes > 0},
+              {}}};
+    s.add(0, panels_);
+    s.add(1, begin_);
+    return s;
   }
 
   void decode(const int64_t *wanted, int64_t count, float *out) const override {
@@ -122,7 +149,49 @@ protected:
   }
 
 private:
+  GroupMatrix(int64_t rows, int64_t columns, int64_t groups, GroupCode code, uint8_t zero, bool per_row)
+      : Matrix(rows, columns), segments_(cut(columns / groups, code, per_row)), span_(per_row ? 127.5f : 127.0f) {
+    w_.code = code;
+    w_.rows = rows;
+    w_.groups = groups;
+    w_.parts = segments_.parts;
+    w_.quads = segments_.length / 4;
+    w_.per_row = per_row;
+    w_.zero = zero;
+  }
+
+  void steps(bool wide, bool affine) {
+    w_.wide_scale = wide;
+    w_.scale_bytes = round_up(w_.groups * lanes * (wide ? 4 : 2), line);
+    w_.zero_bytes = affine ? round_up(w_.groups * lanes, line) : 0;
+  }
+
   int64_t panels() const { return (rows + lanes - 1) / lanes; }
+  int64_t dense_panel() const { return w_.scale_bytes + w_.zero_bytes + packed_bytes(w_.code, w_.row_quads()); }
+
+  // Does each sparse panel end, by its masks, where the next begins?
+  bool panels_follow() const {
+    int64_t at = 0;
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      if (begin_[panel] != at)
+        return false;
+      at += w_.scale_bytes + w_.zero_bytes;
+      for (int64_t segment = 0; segment < w_.groups * w_.parts; ++segment) {
+        const int64_t masks = at;
+        if ((at += 8 * w_.quads) > panels_.size())
+          return false;
+        for (int64_t q = 0; q < w_.quads; ++q) {
+          uint64_t mask;
+          std::memcpy(&mask, panels_.data() + masks + 8 * q, 8);
+          const int kept = std::popcount(mask);
+          at += w_.code == GroupCode::sparse4 ? (kept + 1) / 2 : kept;
+        }
+      }
+      if ((at = round_up(at, line)) > panels_.size())
+        return false;
+    }
+    return at == panels_.size();
+  }
 
   // Parts that follow each other without padding are so many groups: matrices of any group size share them.
   CodedRows coded(const Rows &x) const {
@@ -193,7 +262,7 @@ private:
 
   template <class Source>
   void pack_all(const Source &source) {
-    w_.panel_bytes = w_.scale_bytes + w_.zero_bytes + packed_bytes(w_.code, w_.row_quads());
+    w_.panel_bytes = dense_panel();
     panels_ = Buffer<uint8_t>(panels() * w_.panel_bytes);
     parallel_for(panels(), [&](int64_t panel) {
       struct Quads;
@@ -277,5 +346,7 @@ std::unique_ptr<Matrix> mxfp4_matrix(const uint8_t *blocks, const uint8_t *scale
   const Mxfp4Source source{blocks, scale, columns};
   return std::make_unique<GroupMatrix>(source, rows, columns, columns / 32, GroupCode::mxfp4, uint8_t{12}, false);
 }
+
+std::unique_ptr<Matrix> restored_groups(const StoredReader &reader) { return std::make_unique<GroupMatrix>(reader); }
 
 } // namespace penjing

@@ -44,6 +44,8 @@ private:
   mutable std::list<Coded> coded_;
 };
 
+struct Stored;
+
 // One product among several of the same activations: y (m, matrix rows), its rows y_stride floats apart.
 class Matrix;
 struct Product {
@@ -64,6 +66,7 @@ public:
   virtual void decode(const int64_t *wanted, int64_t count, float *out) const = 0;
   virtual int64_t bytes() const = 0; // resident
   virtual std::string layout() const = 0;
+  virtual Stored stored() const = 0; // see stored.h
 
   const int64_t rows, columns;
 

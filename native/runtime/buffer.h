@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -31,13 +32,23 @@ public:
 #endif
   }
 
-  Buffer(Buffer &&other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  // A part of what `owner` keeps alive; there must be room after it too.
+  Buffer(T *data, int64_t size, std::shared_ptr<const void> owner)
+      : data_(data), size_(size), owner_(std::move(owner)) {}
+
+  Buffer(Buffer &&other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)),
+        owner_(std::move(other.owner_)) {}
   Buffer &operator=(Buffer &&other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(owner_, other.owner_);
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (!owner_)
+      std::free(data_);
+  }
 
   T *data() { return data_; }
   const T *data() const { return data_; }
@@ -51,6 +62,7 @@ public:
 private:
   T *data_ = nullptr;
   int64_t size_ = 0;
+  std::shared_ptr<const void> owner_; // null: this buffer itself
 };
 
 // A buffer of the calling thread that keeps its memory between calls; Tag tells apart those alive at the same time.

@@ -30,6 +30,9 @@ def chat(
     ),
     num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
+    weight_cache: bool = typer.Option(
+        True, envvar="PENJING_WEIGHT_CACHE", help="Keep packed weights in a file, so that the next start is quick."
+    ),
     chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object: the conversation, when it is over."),
 ) -> None:
@@ -54,6 +57,7 @@ def chat(
         speculative=speculative,
         num_speculative_tokens=num_speculative_tokens,
         threads=threads,
+        weight_cache=weight_cache,
     )
     engine, _ = load(settings)
     bos = engine.model.config.bos_token_id

@@ -38,6 +38,9 @@ def serve(
         None, metavar="SIZE", help="For weights, caches and all, e.g. 4GiB; nine tenths of what there is by default."
     ),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
+    weight_cache: bool = typer.Option(
+        True, envvar="PENJING_WEIGHT_CACHE", help="Keep packed weights in a file, so that the next start is quick."
+    ),
     shutdown_timeout: float = typer.Option(30.0, min=0, help="Seconds that requests have to finish after SIGTERM."),
     chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
 ) -> None:
@@ -72,6 +75,7 @@ def serve(
         num_speculative_tokens=num_speculative_tokens,
         memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
         threads=threads,
+        weight_cache=weight_cache,
         shutdown_timeout=shutdown_timeout,
         chat_template=chat_template,
     )

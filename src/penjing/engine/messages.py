@@ -124,6 +124,7 @@ class Load(Struct, frozen=True, tag=True, kw_only=True):
     """To the engine's process, first of all: which model, within what. None: as much as fits, or what suits the model.
 
     kv_cache_dtype: of `kernels.KV_TYPES`, or "auto".  speculative: "prompt", or the folder of a draft.
+    weight_cache: keep packed weights in a file, see docs/cache.md.
     """
 
     folder: str
@@ -137,6 +138,7 @@ class Load(Struct, frozen=True, tag=True, kw_only=True):
     speculative: str | None = None
     num_speculative_tokens: int = 5
     threads: int | None = None
+    weight_cache: bool = False
 
 
 class Add(Struct, frozen=True, tag=True):

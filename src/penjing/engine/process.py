@@ -89,9 +89,9 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     budget.check_weights(stored + (stored_bytes(drafts) if drafts else 0), total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
-    model = load_model(checkpoint, threads=settings.threads, length=settings.max_model_len)
+    model = load_model(checkpoint, threads=settings.threads, length=settings.max_model_len, cache=settings.weight_cache)
     sizes = Sizes.of(model, settings, kv_type)
-    draft = load_model(drafts, length=settings.max_model_len) if drafts else None
+    draft = load_model(drafts, length=settings.max_model_len, cache=settings.weight_cache) if drafts else None
     if draft is not None:
         sizes += Sizes.of(draft, settings, kv_type)
     limits, _ = budget.limits(settings, config, sizes, total)

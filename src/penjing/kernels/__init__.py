@@ -6,7 +6,17 @@ set, and `reference` has each computation in plain numpy. Wrong shapes and types
 
 from __future__ import annotations
 
-from .._native import IntegerConv, IntegerLinear, KvPool, Sampler, isa, log_probabilities, set_threads, threads
+from .._native import (
+    IntegerConv,
+    IntegerLinear,
+    KvPool,
+    Sampler,
+    checksum,
+    isa,
+    log_probabilities,
+    set_threads,
+    threads,
+)
 from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
@@ -38,6 +48,7 @@ __all__ = [
     "bitmask_decode",
     "bitmask_encode",
     "causal_attention",
+    "checksum",
     "delta",
     "has_nonfinite",
     "isa",

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from .. import kernels
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadInput
+from .cache import weight_cache
 from .config import ModelConfig
 from .families import FAMILIES, read_family
 from .model import Model
@@ -64,18 +66,20 @@ def load(
     threads: int | None = None,
     activations: Activations = "auto",
     length: int | None = None,
+    cache: bool = False,
 ) -> Model:
     """A whole model in memory.
 
     threads: for the kernels of this process; all cores by default.  activations: "auto" quantizes them on the fly to
     int8 where weights are integers, "float" only where config.json says so.  length: of the longest sequence, the
-    model's own by default.
+    model's own by default.  cache: keep the packed weights in a file, and take them from there; see docs/cache.md.
     """
     use_threads(threads)
     checkpoint = _open(model)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    return Model(checkpoint, config, activations, length)
+    with (weight_cache(checkpoint, activations) if cache else None) or contextlib.nullcontext() as kept:
+        return Model(checkpoint, config, activations, length, kept)
 
 
 def stream(model: str | Path | Checkpoint, *, activations: Activations = "auto") -> Stream:

@@ -11,6 +11,7 @@ from .. import _native
 from ..checkpoint import Checkpoint
 from ..errors import BadInput
 from ..kernels import Matrix
+from .cache import WeightCache
 from .config import Attention, ModelConfig
 from .layers import Array
 from .step import Chunk, Logprobs, Result
@@ -33,28 +34,38 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto", length: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        activations: Activations = "auto",
+        length: int | None = None,
+        cache: WeightCache | None = None,
     ) -> None:
-        """length: of the longest sequence; rotary positions of some families depend on it."""
+        """length: of the longest sequence; rotary positions of some families depend on it.  cache: where packed
+        matrices are kept."""
         self.config = config.for_length(config.max_position if length is None else length)
-        self.embedding = load_embedding(checkpoint, config, activations)
-        self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config, activations)
+        self.embedding = load_embedding(checkpoint, config, activations, cache)
+        self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config, activations, cache)
         self.final_norm = load_final_norm(checkpoint, config)
-        self.weights = [load_weights(checkpoint, self.config, index, activations) for index in range(config.layers)]
+        self.weights = [
+            load_weights(checkpoint, self.config, index, activations, cache) for index in range(config.layers)
+        ]
         self._decoder = _native.Decoder(self.config, self.embedding.native, (self.head.native, None), self.final_norm)
-        self._more = self._add_per_layer(checkpoint, activations)
+        self._more = self._add_per_layer(checkpoint, activations, cache)
         caches = cache_numbers(self.config)
         for block, weights in zip(self.config.blocks, self.weights, strict=True):
             shares = block.mixer.shares_kv_of if isinstance(block.mixer, Attention) else None
             self._decoder.add_block(block, *weights.native(), shared=-1 if shares is None else caches[shares])
 
-    def _add_per_layer(self, checkpoint: Checkpoint, activations: Activations) -> list[Matrix]:
+    def _add_per_layer(
+        self, checkpoint: Checkpoint, activations: Activations, cache: WeightCache | None
+    ) -> list[Matrix]:
         config, extra = self.config, self.config.per_layer
         if extra is None:
             return []
         width = config.layers * extra.inner
-        table = load_matrix(checkpoint, config.stem + extra.table, (extra.vocab_size, width), activations)
-        projection = load_matrix(checkpoint, config.stem + extra.projection, (width, config.hidden), activations)
+        table = load_matrix(checkpoint, config.stem + extra.table, (extra.vocab_size, width), activations, cache)
+        projection = load_matrix(checkpoint, config.stem + extra.projection, (width, config.hidden), activations, cache)
         norm = read_norm(checkpoint, config.stem, extra.norm)
         self._decoder.set_per_layer(extra, config.layers, table.native, (projection.native, None), norm)
         return [table, projection]

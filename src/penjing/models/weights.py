@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +16,7 @@ from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
 from ..formats.mxfp4 import Mxfp4Tensor
 from ..kernels import Matrix, matrix_from
+from .cache import WeightCache
 from .config import LatentAttention, Linear, ModelConfig, Norm, Source
 from .layers import Array, LinearLayer
 
@@ -188,20 +190,40 @@ def make_matrix(checkpoint: Checkpoint, module: str, weight: Weight | Mxfp4Tenso
     return matrix_from(weight, activations=stored)
 
 
+def _kept(cache: WeightCache | None, name: str, shape: tuple[int, int], build: Callable[[], Matrix]) -> Matrix:
+    return build() if cache is None else cache.matrix(name, shape, build)
+
+
 def load_matrix(
-    checkpoint: Checkpoint, module: str, shape: tuple[int, int], activations: Activations = "auto"
+    checkpoint: Checkpoint,
+    module: str,
+    shape: tuple[int, int],
+    activations: Activations = "auto",
+    cache: WeightCache | None = None,
 ) -> Matrix:
     """A module's weight (out, in), in the layout of the kernel that computes on what it is stored in."""
-    weight = checkpoint.weight(module)
-    if tuple(weight.shape) != shape:
-        raise _wrong_shape(checkpoint, f"{module}.weight", tuple(weight.shape), shape)
-    return make_matrix(checkpoint, module, weight, activations)
+
+    def build() -> Matrix:
+        weight = checkpoint.weight(module)
+        if tuple(weight.shape) != shape:
+            raise _wrong_shape(checkpoint, f"{module}.weight", tuple(weight.shape), shape)
+        return make_matrix(checkpoint, module, weight, activations)
+
+    return _kept(cache, module, shape, build)
 
 
-def load_linear(checkpoint: Checkpoint, prefix: str, linear: Linear, activations: Activations = "auto") -> LinearLayer:
-    source = locate(checkpoint, prefix, linear)
-    weight = read_weight(checkpoint, prefix, linear)
-    matrix = make_matrix(checkpoint, f"{prefix}{source.name}", weight, activations)
+def load_linear(
+    checkpoint: Checkpoint,
+    prefix: str,
+    linear: Linear,
+    activations: Activations = "auto",
+    cache: WeightCache | None = None,
+) -> LinearLayer:
+    def build() -> Matrix:
+        weight = read_weight(checkpoint, prefix, linear)
+        return make_matrix(checkpoint, f"{prefix}{locate(checkpoint, prefix, linear).name}", weight, activations)
+
+    matrix = _kept(cache, f"{prefix}{linear.role}", linear.shape, build)
     return LinearLayer(matrix, read_bias(checkpoint, prefix, linear))
 
 
@@ -227,16 +249,20 @@ class BlockWeights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, config: ModelConfig, index: int, activations: Activations = "auto"
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    index: int,
+    activations: Activations = "auto",
+    cache: WeightCache | None = None,
 ) -> BlockWeights:
     """The weights of decoder block number ``index``."""
     block, prefix = config.blocks[index], f"{config.block(index)}."
     linears: dict[str, LinearLayer] = {}
     for linear in block.linears:
         if isinstance(block.mixer, LatentAttention) and linear.role in ("k_b", "v_b"):
-            linears |= _by_head(checkpoint, prefix, linear, block.mixer)
+            linears |= _by_head(checkpoint, prefix, linear, block.mixer, cache)
         else:
-            linears[linear.role] = load_linear(checkpoint, prefix, linear, activations)
+            linears[linear.role] = load_linear(checkpoint, prefix, linear, activations, cache)
     norms = {place: read_norm(checkpoint, prefix, norm) for place, norm in block.norms.items()}
     vectors = {name: read_vector(checkpoint, prefix + each.name, each.shape) for name, each in block.vectors.items()}
     if "convolution" in vectors:  # (channels, 1, kernel): the decoder goes through the channels of one tap
@@ -244,24 +270,35 @@ def load_weights(
     return BlockWeights(linears, norms, vectors)
 
 
-def _by_head(checkpoint: Checkpoint, prefix: str, linear: Linear, mixer: LatentAttention) -> dict[str, LinearLayer]:
+def _by_head(
+    checkpoint: Checkpoint, prefix: str, linear: Linear, mixer: LatentAttention, cache: WeightCache | None
+) -> dict[str, LinearLayer]:
     """k_b and v_b as a matrix a head, that of the keys transposed: it is multiplied into the queries.
 
     Floats stay what they are; integers become float32, since their groups do not survive transposing.
     """
-    weight = read_weight(checkpoint, prefix, linear)
-    plain = weight if isinstance(weight, np.ndarray) else weight.decode()
-    heads = np.split(plain, mixer.heads)
-    turned = [head.T if linear.role == "k_b" else head for head in heads]
-    return {
-        f"{linear.role}.{number}": LinearLayer(matrix_from(np.ascontiguousarray(head), sparse=False), None)
-        for number, head in enumerate(turned)
-    }
+
+    @functools.cache
+    def heads() -> list[Array]:
+        weight = read_weight(checkpoint, prefix, linear)
+        plain = weight if isinstance(weight, np.ndarray) else weight.decode()
+        return [head.T if linear.role == "k_b" else head for head in np.split(plain, mixer.heads)]
+
+    rows, columns = linear.shape[0] // mixer.heads, linear.shape[1]
+    shape = (columns, rows) if linear.role == "k_b" else (rows, columns)
+    layers = {}
+    for number in range(mixer.heads):
+        build = functools.partial(lambda n: matrix_from(np.ascontiguousarray(heads()[n]), sparse=False), number)
+        role = f"{linear.role}.{number}"
+        layers[role] = LinearLayer(_kept(cache, f"{prefix}{role}", shape, build), None)
+    return layers
 
 
-def load_embedding(checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto") -> Matrix:
+def load_embedding(
+    checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto", cache: WeightCache | None = None
+) -> Matrix:
     """The embedding (vocabulary, hidden): rows are tokens."""
-    return load_matrix(checkpoint, config.embedding, (config.vocab_size, config.hidden), activations)
+    return load_matrix(checkpoint, config.embedding, (config.vocab_size, config.hidden), activations, cache)
 
 
 def load_final_norm(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Array, Array | None]:
@@ -269,6 +306,8 @@ def load_final_norm(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Array,
     return read_norm(checkpoint, config.stem, config.final_norm)
 
 
-def load_head(checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto") -> Matrix:
+def load_head(
+    checkpoint: Checkpoint, config: ModelConfig, activations: Activations = "auto", cache: WeightCache | None = None
+) -> Matrix:
     """What turns hidden states into logits (vocabulary, hidden): its own weights, or the embedding's."""
-    return load_matrix(checkpoint, config.head, (config.vocab_size, config.hidden), activations)
+    return load_matrix(checkpoint, config.head, (config.vocab_size, config.hidden), activations, cache)

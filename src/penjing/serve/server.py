@@ -45,6 +45,7 @@ def serve(
     speculative: str | None = None,
     num_speculative_tokens: int = 5,
     threads: int | None = None,
+    weight_cache: bool = False,
     shutdown_timeout: float = 30.0,
     chat_template: str | Path | None = None,
 ) -> None:
@@ -61,6 +62,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
         threads=threads,
+        weight_cache=weight_cache,
         kv_cache_dtype=kv_cache_dtype,
         enable_prefix_caching=enable_prefix_caching,
         scheduling_policy=scheduling_policy,

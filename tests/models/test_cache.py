@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -17,6 +18,9 @@ import pytest
 
 from penjing import models
 from penjing.checkpoint import open_checkpoint
+from penjing.cli import main
+from penjing.engine.messages import Load
+from penjing.engine.process import load
 from penjing.models import cache as caching
 from penjing.models.step import Chunk
 from tiny_llama import llama_tensors, make_model
@@ -244,6 +248,46 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(folder, tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError):
         models.load(folder, cache=True)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_file_of_a_model_that_is_gone_is_removed(folder, tmp_path) -> None:
+    cached(folder)
+    gone = file_of(folder)
+    other = make_model(tmp_path / "other")
+    cached(other)
+    assert gone.exists()
+    shutil.rmtree(folder)
+    third = make_model(tmp_path / "third")
+    cached(third)
+    assert not gone.exists()
+    assert hit(other)
+    assert hit(third)
+
+
+def test_the_engine_says_where_its_weights_came_from(folder) -> None:
+    settings = Load(folder=str(folder), max_num_seqs=1, weight_cache=True)
+    assert [load(settings)[1].from_cache for _ in range(2)] == [False, True]
+    assert not load(Load(folder=str(folder), max_num_seqs=1))[1].from_cache
+
+
+def run(program: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(program)
+
+
+@pytest.mark.parametrize(("options", "files"), [([], 1), (["--no-weight-cache"], 0)])
+def test_commands_keep_packed_weights_unless_told_not_to(folder, options, files, capsys) -> None:
+    program = ["bench", str(folder), "--runs", "1", "--decode-tokens", "2", "--json", *options]
+    found = []
+    for _ in range(2):
+        run(program)
+        found.append(json.loads(capsys.readouterr().out)["loaded_from_cache"])
+    assert found == [False, files == 1]
+    run(["doctor", "--json"])
+    kept = json.loads(capsys.readouterr().out)["weight_cache"]
+    assert kept["files"] == files
+    assert kept["folder"] == os.environ["PENJING_CACHE"]
+    assert (kept["bytes"] > 0) == (files == 1)
 
 
 SCRIPT = """

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
+
+WEIGHT_CACHE: bool = typer.Option(
+    True, envvar="PENJING_WEIGHT_CACHE", help="Keep packed weights in a file, so that the next start is quick."
+)
+
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:

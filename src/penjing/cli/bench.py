@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ._common import WEIGHT_CACHE
+
 if TYPE_CHECKING:
     from ..engine.bench import Benchmark
 
@@ -19,6 +21,7 @@ def bench(
         None, metavar="N,…", help="Decode one stream after prompts of these lengths as well, e.g. 100,4000."
     ),
     kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
+    weight_cache: bool = WEIGHT_CACHE,
     json_output: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
     """Prefill and decode speed through the engine, and the share of the memory's bandwidth that decoding reaches.
@@ -38,6 +41,7 @@ def bench(
             decode_tokens=decode_tokens,
             contexts=_lengths(contexts),
             kv_cache_dtype=kv_cache_dtype,
+            weight_cache=weight_cache,
             progress=progress,
         )
     if json_output:
@@ -68,9 +72,10 @@ def _print_table(result: Benchmark) -> None:
     console = Console()
     console.print(table)
     mib = 1 << 20
+    source = " from the weight cache" if result.from_cache else ""
     console.print(
         f"Medians of {result.runs} runs with {result.threads} threads. Weights {result.weights_bytes / mib:,.1f} MiB, "
-        f"loaded in {result.load_seconds:.2f} s; peak memory {result.peak_rss_bytes / mib:,.0f} MiB.\n"
+        f"loaded in {result.load_seconds:.2f} s{source}; peak memory {result.peak_rss_bytes / mib:,.0f} MiB.\n"
         f"Decoding one stream reads {result.bandwidth_fraction:.0%} of the {result.bandwidth_gbps:g} GB/s "
         "that memory gives.",
         soft_wrap=True,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ._common import WEIGHT_CACHE
+
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..serve.prompts import Prompts
@@ -30,9 +32,7 @@ def chat(
     ),
     num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
-    weight_cache: bool = typer.Option(
-        True, envvar="PENJING_WEIGHT_CACHE", help="Keep packed weights in a file, so that the next start is quick."
-    ),
+    weight_cache: bool = WEIGHT_CACHE,
     chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object: the conversation, when it is over."),
 ) -> None:

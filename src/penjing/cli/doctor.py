@@ -55,7 +55,7 @@ PARTS = (
 
 
 def doctor(json_output: bool = typer.Option(False, "--json", help="One JSON object.")) -> None:
-    """What this machine has: cores, instruction set, memory, bandwidth; optional parts missing, and how to get them.
+    """What this machine has: cores, instruction set, memory, bandwidth, packed weights; optional parts missing.
 
     Example: penjing doctor --json
     """
@@ -63,8 +63,11 @@ def doctor(json_output: bool = typer.Option(False, "--json", help="One JSON obje
     import json
 
     from ..hardware import describe
+    from ..models.cache import cached_files
 
     found = dataclasses.asdict(describe())
+    folder, sizes = cached_files()
+    found["weight_cache"] = {"folder": folder and str(folder), "files": len(sizes), "bytes": sum(sizes)}
     missing = [part for part in PARTS if not part.present()]
     found["missing"] = [{"name": part.name, "for": part.purpose, "install": part.install} for part in missing]
     if json_output:
@@ -78,6 +81,7 @@ def _print_table(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     gib = 1 << 30
+    cache = found["weight_cache"]
     limit = ", the control group's limit" if found["memory_limited_by_cgroup"] else ""
     rows = {
         "processor": f"{found['cpu']}, {found['cores']} cores to use",
@@ -87,6 +91,9 @@ def _print_table(found: dict[str, Any]) -> None:
         "memory bandwidth": f"{found['bandwidth_gbps']} GB/s reading, measured now",
         "GPUs": ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / gib:.0f} GiB)" for gpu in found["gpus"])
         or "none, and none is needed",
+        "weight cache": f"{cache['files']} models, {cache['bytes'] / gib:.1f} GiB in {cache['folder']}"
+        if cache["folder"]
+        else "no place for it; set PENJING_CACHE",
     }
     rows |= {f"missing: {part['name']}": f"for: {part['for']}\n{part['install']}" for part in found["missing"]}
     table = Table.grid(padding=(0, 2))

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ._common import WEIGHT_CACHE
+
 
 def serve(
     model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
@@ -38,9 +40,7 @@ def serve(
         None, metavar="SIZE", help="For weights, caches and all, e.g. 4GiB; nine tenths of what there is by default."
     ),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
-    weight_cache: bool = typer.Option(
-        True, envvar="PENJING_WEIGHT_CACHE", help="Keep packed weights in a file, so that the next start is quick."
-    ),
+    weight_cache: bool = WEIGHT_CACHE,
     shutdown_timeout: float = typer.Option(30.0, min=0, help="Seconds that requests have to finish after SIGTERM."),
     chat_template: str | None = typer.Option(None, metavar="FILE", help="Jinja template instead of the model's own."),
 ) -> None:

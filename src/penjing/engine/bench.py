@@ -44,7 +44,7 @@ class Benchmark:
     decode: number of streams → speed of all of them together.  bandwidth_fraction: what one stream reads a second
     (weights, and its cache at its mean length) over what memory gives.  prefill_tokens: length of the prompt, 512 or as
     much as the model's window takes.  decode_at_context: tokens that one stream has before it → its speed.
-    peak_rss_bytes: of this process.
+    peak_rss_bytes: of this process.  from_cache: did it load packed weights from their file?
     """
 
     prefill: Spread
@@ -60,6 +60,7 @@ class Benchmark:
     bandwidth_fraction: float
     peak_rss_bytes: int
     load_seconds: float
+    from_cache: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As `penjing bench --json` prints it."""
@@ -69,6 +70,7 @@ class Benchmark:
             "bandwidth_fraction": round(self.bandwidth_fraction, 4),
             "peak_rss_bytes": self.peak_rss_bytes,
             "load_seconds": round(self.load_seconds, 3),
+            "loaded_from_cache": self.from_cache,
             "spread": {
                 "prefill": [round(self.prefill.low, 2), round(self.prefill.high, 2)],
                 "decode": {
@@ -102,13 +104,14 @@ def bench(
     decode_tokens: int = 64,
     contexts: Sequence[int] = (),
     kv_cache_dtype: str = "auto",
+    weight_cache: bool = False,
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> Benchmark:
     """Measure prefill of a 512-token prompt and decode of 1 and of 8 streams: the median of ``runs``, greedy.
 
     threads: all cores by default.  decode_tokens: written in each stream, after a prompt of 16.
-    contexts: lengths of prompts after which one stream is measured as well.  kv_cache_dtype: as for `serve`.
-    Raises BadInput if the model's window is too short for that.
+    contexts: lengths of prompts after which one stream is measured as well.  kv_cache_dtype, weight_cache:
+    as for `serve`.  Raises BadInput if the model's window is too short for that.
     """
     if runs < 1 or decode_tokens < 2 or min(contexts, default=1) < 1:
         raise BadInput(
@@ -122,6 +125,7 @@ def bench(
         max_num_batched_tokens=PREFILL_TOKENS,
         threads=threads,
         kv_cache_dtype=kv_cache_dtype,
+        weight_cache=weight_cache,
     )
     engine, ready = load(settings)
     window = engine.limits.max_model_len
@@ -163,6 +167,7 @@ def bench(
         bandwidth_fraction=read * single.median / (bandwidth * 1e9),
         peak_rss_bytes=peak,
         load_seconds=ready.load_seconds,
+        from_cache=ready.from_cache,
     )
 
 

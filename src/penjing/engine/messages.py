@@ -154,7 +154,10 @@ class Stop(Struct, frozen=True, tag=True):
 
 
 class Ready(Struct, frozen=True, tag=True, kw_only=True):
-    """From the engine's process: the model is loaded; the memory as it was counted."""
+    """From the engine's process: the model is loaded; the memory as it was counted.
+
+    from_cache: were its packed weights in their file?
+    """
 
     max_model_len: int
     weights_bytes: int
@@ -163,6 +166,7 @@ class Ready(Struct, frozen=True, tag=True, kw_only=True):
     kv_cache_dtype: str
     memory_budget: int
     load_seconds: float
+    from_cache: bool
 
 
 class Progress(Struct, frozen=True, tag=True):

@@ -105,6 +105,7 @@ def load(settings: Load) -> tuple[Engine, Ready]:
         kv_cache_dtype=kv_type,
         memory_budget=total,
         load_seconds=time.monotonic() - start,
+        from_cache=model.from_cache,
     )
     return Engine(model, limits, speculation=_speculation(settings, limits, model, draft)), ready
 

@@ -28,6 +28,7 @@ from ..kernels import Matrix, checksum, stored
 
 log = logging.getLogger("penjing.models")
 
+SUFFIX = ".weights"
 SMALLEST = 64 << 20  # bytes of a checkpoint; smaller ones are packed in the time that it takes to look
 MAGIC, FORMAT = b"PENJINGW", 1
 _END = struct.Struct("<8sIIQQQ")  # magic, format, nothing, where the index is, its bytes, its checksum
@@ -49,6 +50,15 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("PENJING_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penjing"
+
+
+def cached_files() -> tuple[Path | None, list[int]]:
+    """Where packed weights are kept (None: nowhere), and how large each model's file is."""
+    try:
+        folder = cache_folder()
+        return folder, [file.stat().st_size for file in folder.glob(f"*{SUFFIX}")]
+    except (RuntimeError, OSError):
+        return None, []
 
 
 class WeightCache:
@@ -140,7 +150,11 @@ class WeightCache:
             self._give_up(error)
 
     def _sweep(self) -> None:
-        """Remove what writers of this file that were killed have left."""
+        """Remove the files of models that are gone, and what writers of this file that were killed have left."""
+        for other in self.path.parent.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(OSError, DamagedCache), open(other, "rb") as file:
+                if not Path(read_index(file.fileno()).identity["place"]).exists():
+                    other.unlink()
         for left in self.path.parent.glob(f"{self.path.name}.*{TEMPORARY}"):
             with contextlib.suppress(OSError), open(left, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +220,9 @@ def weight_cache(checkpoint: Checkpoint, activations: str) -> WeightCache | None
     except RuntimeError as error:
         log.warning("no place for packed weights (%s); set PENJING_CACHE", error)
         return None
+    place = checkpoint.path.resolve()
     identity = {
+        "place": str(place),
         "model": fingerprint(checkpoint),
         "modified": " ".join(str(file.st_mtime_ns) for file in files),
         "bytes": str(total),
@@ -214,6 +230,5 @@ def weight_cache(checkpoint: Checkpoint, activations: str) -> WeightCache | None
         "penjing": __version__,
         "layout": str(stored.LAYOUT),
     }
-    place = checkpoint.path.resolve()
     key = hashlib.sha256(f"{place}\n{activations}".encode()).hexdigest()[:16]
-    return WeightCache(folder / f"{place.name}-{key}.weights", identity)
+    return WeightCache(folder / f"{place.name}-{key}{SUFFIX}", identity)

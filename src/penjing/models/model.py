@@ -43,6 +43,7 @@ class Model:
     ) -> None:
         """length: of the longest sequence; rotary positions of some families depend on it.  cache: where packed
         matrices are kept."""
+        self.from_cache = cache is not None and cache.hit
         self.config = config.for_length(config.max_position if length is None else length)
         self.embedding = load_embedding(checkpoint, config, activations, cache)
         self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config, activations, cache)

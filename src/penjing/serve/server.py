@@ -139,6 +139,7 @@ def _announce(service: Service, url: str) -> None:
         f"cache {ready.blocks * ready.block_bytes / mib:,.0f} MiB ({ready.kv_cache_dtype}) for "
         f"{ready.blocks * BLOCK:,} tokens, at most {ready.max_model_len:,} in a request; "
         f"budget {ready.memory_budget / mib:,.0f} MiB; loaded in {ready.load_seconds:.1f} s"
+        + (" from the weight cache" if ready.from_cache else "")
     )
     print(f"Penjing serves {service.name} at {url} (OpenAI's interface at {url}/v1)", flush=True)
 

@@ -67,6 +67,8 @@ struct SparsePanel : Panel<GroupCode::int8> {
   void start_segment() {
     rest = lane_bytes(zero);
     masks = codes;
+    for (int64_t i = 0; i < 8 * w.quads; i += 64)
+      __builtin_prefetch(codes + ahead + i);
     codes += 8 * w.quads;
   }
 
@@ -147,7 +149,7 @@ void few(const GroupProduct &p, int64_t index, int64_t row) {
           constexpr int at = decltype(which)::value * P::quads + decltype(k)::value;
 #pragma GCC unroll 8
           for (int r = 0; r < rows; ++r)
-            sum[r][at % chains] = dot<P::wide>(sum[r][at % chains], v, quad<P::wide>(x + r * stride + 4 * at));
+            sum[r][at % chains] = dot_at<P::wide>(sum[r][at % chains], v, x + r * stride + 4 * at);
         });
       };
       int64_t q = 0;

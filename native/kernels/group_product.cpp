@@ -48,7 +48,7 @@ struct Panel {
 
   template <class Use>
   PENJING_INLINE void block(Use &&use) {
-    __builtin_prefetch(codes + ahead / 2);
+    __builtin_prefetch(codes + ahead);
     Packed<code>::block(codes, use);
     codes += Packed<code>::bytes;
   }

@@ -4,6 +4,8 @@ python penjing_engine.py                 answers the commands of protocol.py, an
 
 {"do": "prefix", "tokens": 1000, "seed": 0}   → {"cold": …, "seconds": …}   to the first token of a prompt, and of
                                                 the same prompt again
+
+Its answer to "decode" has also "bandwidth": bytes a second that memory gave just before and just after, the mean.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import protocol
 
-from penjing import __version__
+from penjing import __version__, hardware
 from penjing.engine.bench import bytes_read_per_token
 from penjing.engine.messages import Load, Request, SamplingParams
 from penjing.engine.process import load
@@ -44,8 +46,9 @@ class Penjing:
         return {"seconds": self._run(1, tokens, 1, seed)[0]}
 
     def decode(self, streams: int, tokens: int, context: int, seed: int) -> dict[str, Any]:
+        before = hardware.bandwidth_gbps()
         _, seconds, written = self._run(streams, context, tokens + 1, seed)
-        return {"seconds": seconds, "tokens": written}
+        return {"seconds": seconds, "tokens": written, "bandwidth": (before + hardware.bandwidth_gbps()) / 2 * 1e9}
 
     def prefix(self, tokens: int, seed: int) -> dict[str, Any]:
         salt = f"prefix {next(self._ids)}"
@@ -81,12 +84,12 @@ class Penjing:
 INT4 = {"weights": "4 bits, a float16 step for 128", "activations": "int8, a step for 128"}
 SPARSE = INT4 | {"weights": "4 bits, a step for 128, half of them zero"}
 INT8 = {"weights": "8 bits, a step a row", "activations": "int8, a step for 128"}
-FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16"}, {"head": "8 bits"}
+FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16"}, {"head": "as the rest"}
 WORDS = {
     "int4": INT4 | FLOAT_HEAD,
-    "int4h8": INT4 | SMALL_HEAD,
+    "int4h4": INT4 | SMALL_HEAD,
     "int4-sparse50": SPARSE | FLOAT_HEAD,
-    "int4s50h8": SPARSE | SMALL_HEAD,
+    "int4s50h4": SPARSE | SMALL_HEAD,
     "int8": INT8 | FLOAT_HEAD,
     "int8h8": INT8 | SMALL_HEAD,
     "w8a8": INT8 | {"activations": "int8, a step a token"} | FLOAT_HEAD,

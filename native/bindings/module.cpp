@@ -1,6 +1,7 @@
 // penjing._native: checks what Python passes and forwards it; one file a theme.
 #include <nanobind/nanobind.h>
 
+#include "runtime/bandwidth.h"
 #include "runtime/cpu.h"
 #include "runtime/pool.h"
 
@@ -23,6 +24,8 @@ NB_MODULE(_native, m) {
       "The instruction set that the kernels use on this machine.");
   m.def("threads", &penjing::threads, "Threads that a large product is spread over.");
   m.def("set_threads", &penjing::set_threads, nb::arg("count"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("read_bandwidth", &penjing::read_bandwidth, nb::arg("bytes"), nb::arg("rounds"),
+        nb::call_guard<nb::gil_scoped_release>(), "Bytes a second that the threads read: the best of some rounds.");
   penjing::bindings::matrix(m);
   penjing::bindings::integer(m);
   penjing::bindings::formats(m);

@@ -7,15 +7,12 @@ tightest. Nothing here needs torch or numpy.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,28 +107,11 @@ def isa() -> str:
     return native_isa()
 
 
-def bandwidth_gbps(megabytes: int = 96, rounds: int = 4) -> float:
-    """Measured speed of reading memory on all cores, in 10⁹ bytes per second: the best of some rounds.
+def bandwidth_gbps(megabytes: int = 256, rounds: int = 5) -> float:
+    """Measured speed at which the kernels' threads read memory, in 10⁹ bytes per second: the best of some rounds."""
+    from ._native import read_bandwidth
 
-    Each thread searches a buffer far larger than its caches for a byte that is not there. The C library's `memchr` is
-    vectorised, only reads (as a decoder reads its weights), and runs without Python's lock.
-    """
-    libc = ctypes.CDLL(None)
-    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    libc.memchr.restype = ctypes.c_void_p
-    size = megabytes << 20
-    buffers = [bytearray(size) for _ in range(cores())]
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(buffer)) for buffer in buffers]
-    best = 0.0
-    for _ in range(rounds + 1):  # the first touches the pages and is never the best
-        threads = [threading.Thread(target=libc.memchr, args=(address, 1, size)) for address in addresses]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, len(buffers) * size / (time.perf_counter() - start) / 1e9)
-    return round(best, 1)
+    return round(read_bandwidth(megabytes << 20, rounds) / 1e9, 1)
 
 
 def gpus() -> tuple[Gpu, ...]:

@@ -41,10 +41,11 @@ class Spread:
 class Benchmark:
     """Speeds in tokens per second.
 
-    decode: number of streams → speed of all of them together.  bandwidth_fraction: what one stream reads a second
-    (weights, and its cache at its mean length) over what memory gives.  prefill_tokens: length of the prompt, 512 or as
-    much as the model's window takes.  decode_at_context: tokens that one stream has before it → its speed.
-    peak_rss_bytes: of this process.  from_cache: did it load packed weights from their file?
+    decode: number of streams → speed of all of them together.  bandwidth_gbps: measured after each run, for it swings.
+    bandwidth_fraction: what one stream reads a second (weights, and its cache at its mean length) over the bandwidth of
+    its own run.  prefill_tokens: length of the prompt, 512 or as much as the model's window takes.
+    decode_at_context: tokens that one stream has before it → its speed.  peak_rss_bytes: of this process.
+    from_cache: did it load packed weights from their file?
     """
 
     prefill: Spread
@@ -138,20 +139,21 @@ def bench(
     prefill: list[float] = []
     decode: dict[int, list[float]] = {streams: [] for streams in STREAMS}
     at_context: dict[int, list[float]] = {length: [] for length in contexts}
+    bandwidth: list[float] = []
     _decode(engine, 1, 2)  # pages touched, threads started
     progress(next(done), total)
     for run in range(runs):  # alternating, so that a slow moment of the machine meets all of them
         prefill.append(_prefill(engine, prompt_length, run))
         progress(next(done), total)
-        for streams in STREAMS:
-            decode[streams].append(_decode(engine, streams, decode_tokens))
-            progress(next(done), total)
         for length in contexts:
             at_context[length].append(_decode(engine, 1, decode_tokens, prompt=length))
             progress(next(done), total)
-    single = Spread.of(decode[1])
-    peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffers
-    bandwidth = hardware.bandwidth_gbps()
+        for streams in reversed(STREAMS):
+            decode[streams].append(_decode(engine, streams, decode_tokens))
+            progress(next(done), total)
+        if run == 0:
+            peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffer
+        bandwidth.append(hardware.bandwidth_gbps())
     read = bytes_read_per_token(cast(Model, engine.model), ready.kv_cache_dtype, DECODE_PROMPT + decode_tokens / 2)
     return Benchmark(
         prefill=Spread.of(prefill),
@@ -163,8 +165,10 @@ def bench(
         runs=runs,
         threads=threads,
         weights_bytes=ready.weights_bytes,
-        bandwidth_gbps=bandwidth,
-        bandwidth_fraction=read * single.median / (bandwidth * 1e9),
+        bandwidth_gbps=statistics.median(bandwidth),
+        bandwidth_fraction=statistics.median(
+            read * speed / (gbps * 1e9) for speed, gbps in zip(decode[1], bandwidth, strict=True)
+        ),
         peak_rss_bytes=peak,
         load_seconds=ready.load_seconds,
         from_cache=ready.from_cache,

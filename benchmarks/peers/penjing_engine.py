@@ -30,7 +30,9 @@ class Penjing:
         chosen = {"kv_cache_dtype": cache} if cache else {}
         start = time.perf_counter()
         self.engine, ready = load(
-            Load(folder=model, max_num_seqs=8, max_num_batched_tokens=BATCH, threads=threads, **chosen)
+            Load(
+                folder=model, max_num_seqs=8, max_num_batched_tokens=BATCH, threads=threads, weight_cache=True, **chosen
+            )
         )
         seconds = time.perf_counter() - start
         self._ids = itertools.count()

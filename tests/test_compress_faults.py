@@ -138,7 +138,7 @@ def test_full_disk_is_told_before_and_while_writing(
         [sys.executable, "-c", code, *command(model, tmp_path / "out")[3:]], capture_output=True, text=True
     )
     assert child.returncode == 1
-    assert child.stderr.count("\n") == 1
+    assert child.stderr.count("\n") == 2  # the memory that it takes, and the error
     assert "safetensors: File too large" in child.stderr
     assert not list((tmp_path / "out").glob("*.partial"))
     assert not (tmp_path / "out" / "config.json").exists()
@@ -156,24 +156,6 @@ def test_memory_limit_is_kept_or_refused(tmp_path: Path, model: Path) -> None:
     answer = json.loads(child.stdout)
     assert answer["peak_rss_bytes"] <= answer["memory_bound_bytes"] <= 300 << 20
     assert answer["peak_rss_bytes"] > 30 << 20
-
-
-@pytest.mark.parametrize(
-    ("recipe", "needs"),
-    [
-        ({"quantize": {"method": "gptq", "group_size": 32}}, "gptq needs calibration \\(hessian of"),
-        (
-            {"prune": {"method": "wanda"}, "quantize": {"group_size": 32}},
-            "wanda \\+ rtn needs calibration \\(input_norm of",
-        ),
-        ({"quantize": {"group_size": 32}, "transform": {}}, "awq \\+ rtn needs calibration \\(absmean, hessian of"),
-    ],
-)
-def test_methods_that_need_data_are_refused(recipe: dict[str, Any], needs: str, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=needs) as caught:
-        compress(model, tmp_path / "out", {"version": 1, "rules": [recipe]})
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_misspelt_option_is_named_with_the_nearest(model: Path, tmp_path: Path) -> None:

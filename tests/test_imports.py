@@ -26,14 +26,27 @@ MAY_IMPORT = {
     "report": {"stats"},
     "evaluate": {"checkpoint", "formats", "hardware", "kernels", "models", "stats"},
     "verify": {"checkpoint", "formats", "kernels", "models"},
-    "compress": {"checkpoint", "evaluate", "formats", "kernels", "methods", "models", "hardware", "verify"},
+    "footprint": {"calibrate", "checkpoint", "hardware", "methods"},
+    "shards": {"calibrate", "checkpoint", "formats", "methods"},
+    "calibrate": {"checkpoint", "formats", "kernels", "methods", "models"},
+    "compress": {
+        "calibrate",
+        "checkpoint",
+        "evaluate",
+        "footprint",
+        "methods",
+        "models",
+        "hardware",
+        "shards",
+        "verify",
+    },
     "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},
     "serve": {"checkpoint", "engine", "hardware", "models"},
     "cli": {"*"},
     "__init__": {"*"},
     "__main__": {"cli"},
 }
-USES_TORCH = {"modules"}
+USES_TORCH = {"calibrate", "modules"}
 
 
 def imports_of(file: Path) -> list[tuple[str, str]]:

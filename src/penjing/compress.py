@@ -6,37 +6,34 @@ memory and disk that takes), a journal that lets a killed run go on, and the sel
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import shutil
+import functools
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from numpy.typing import NDArray
-
-from . import __version__, hardware, kernels, verify
-from .checkpoint import Checkpoint, artifact, open_checkpoint, storage
+from . import __version__, hardware, verify
+from .checkpoint import artifact, open_checkpoint
 from .checkpoint.atomic import write_json
 from .checkpoint.folder import CONFIG, INDEX
-from .checkpoint.journal import ARTIFACT, Journal, fingerprint
-from .checkpoint.plan import CHUNK_BYTES, Plan, Shard, make_plan, scale_dtype
-from .checkpoint.safetensors import Chunks, Tensor, sha256_of, write_safetensors
-from .checkpoint.storage import Weight
-from .errors import BadCheckpoint, BadInput, OutOfBudget, PenjingError, Unsupported
-from .formats.affine import AffineTensor
-from .methods import Statistics, apply
+from .checkpoint.journal import ARTIFACT, FOLDER, Journal, fingerprint
+from .checkpoint.plan import Plan, Shard, make_plan
+from .checkpoint.safetensors import sha256_of, write_safetensors
+from .errors import BadInput, PenjingError, Unsupported
+from .footprint import check_disk, fit
+from .methods import apply
 from .models.stacked import unstack
-from .recipe import Recipe, Rule, build
+from .recipe import Recipe, build
+from .shards import Contents, solve_shard, solved_again
+
+if TYPE_CHECKING:
+    from .calibrate import Calibrator
 
 # Bytes of the original that are done, and all of them.
 Progress = Callable[[float, float], None]
 SHARD_BYTES = 64 << 20
-_SMALLEST_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class CompressResult:
     sparsity: share of the compressed modules' weights that was pruned.  stacked_bytes: of tensors of several matrices
     each (the experts of some families), which are written as they are.  resumed_at_block: None for a fresh run.
     digest: what ``sha256sum *.safetensors | sha256sum`` says in the folder.  check: what the self-check found.
+    calibration: on what, and what each layer loses (see `artifact.calibration`); None for methods without data.
     evaluation: ΔL on held-out text, if it was asked for.
     """
 
@@ -65,6 +63,7 @@ class CompressResult:
     already_done: bool
     digest: str
     check: dict[str, Any]
+    calibration: dict[str, Any] | None
     evaluation: dict[str, Any] | None
 
     def __str__(self) -> str:
@@ -80,6 +79,8 @@ class CompressResult:
         }
         if self.stacked_bytes:
             rows["as it was"] = f"{self.stacked_bytes:,} bytes of experts that lie in tensors of all of them"
+        if self.calibration is not None:
+            rows["calibration"] = _calibration_line(self.calibration)
         if self.evaluation is not None:
             low, high = self.evaluation["loss_change_ci95"] or (float("nan"), float("nan"))
             rows["ΔL"] = f"{self.evaluation['loss_change']:+.4f}, 95 % [{low:+.4f}, {high:+.4f}]"
@@ -98,7 +99,12 @@ def compress(
     restart: bool = False,
     check: Literal["sample", "full", "none"] = "sample",
     evaluate: str | Path | None = None,
+    calibration: Sequence[str | Path] = (),
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> CompressResult:
     """Compress a checkpoint folder into another.
@@ -107,6 +113,8 @@ def compress(
     `recipe.build`) change it or stand alone.  memory_limit: bytes; refused when the run cannot keep it.
     shard_bytes: blocks share a file until they have that many bytes of the original, and a killed run goes on at a
     file.  check: how many blocks' logits the self-check computes.  evaluate: a file of held-out text to measure ΔL on.
+    calibration, samples, sequence_length, device: for methods that need data; see `calibrate.Calibration`.  progress:
+    is told bytes of the original that are done, and all.  announce: is told the bound of the memory before the run.
 
     The same call after a crash goes on where it was and ends with the same bytes; after success it returns what is
     there. Raises BadInput (BadCheckpoint, BadRecipe, Unsupported) for what cannot be done, OutOfBudget for memory and
@@ -120,23 +128,27 @@ def compress(
     made = build(recipe, **settings)
     for rule in made.rules:
         apply.check(rule)
-        _check_needs(rule)
     checkpoint, folder = open_checkpoint(model), Path(output)
     unstack(checkpoint)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
     plan = make_plan(checkpoint, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
-    plan, bound = _fit_memory(plan, memory_limit)
-    journal = Journal(folder, _identity(plan), _files(plan))
+    calibrator = _open_calibrator(plan, folder, calibration, samples, sequence_length, device)
+    plan, footprint = fit(plan, calibrator, memory_limit)
+    journal = Journal(folder, _identity(plan, calibrator), _files(plan))
     if not restart and (done := journal.finished_artifact()) is not None:
         if evaluate is not None:
             done = _evaluated(folder, done, checkpoint.path, Path(evaluate))
-        return _result(folder, done, start, bound, None, already=True)
+        return _result(folder, done, start, footprint.total, None, already=True)
     try:
         resumed = journal.begin(restart=restart)
         first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-        _check_disk(plan, journal)
-        entries = _run(plan, journal, progress or (lambda done, total: None))
+        check_disk(plan, journal, calibrator)
+        say = announce or _say_nothing
+        if calibration and calibrator is None:
+            say("no method of this recipe needs calibration data; it is not used")
+        say(str(footprint))
+        entries = _run(plan, journal, calibrator, progress or _say_nothing)
         made_artifact = _complete(plan, journal, entries, check)
     except KeyboardInterrupt:
         left = sum(journal.finished(shard.name) is None for shard in plan.shards)
@@ -145,35 +157,67 @@ def compress(
         ) from None
     if evaluate is not None:
         made_artifact = _evaluated(folder, made_artifact, checkpoint.path, Path(evaluate))
-    return _result(folder, made_artifact, start, bound, first if resumed else None, already=False)
+    return _result(folder, made_artifact, start, footprint.total, first if resumed else None, already=False)
 
 
-def _check_needs(rule: Rule) -> None:
-    """Unsupported for a method that wants to see what comes into a layer."""
-    if found := apply.needs(rule):
-        methods = [each.method for each in (rule.transform, rule.prune, rule.quantize) if each is not None]
+def _open_calibrator(
+    plan: Plan, output: Path, files: Sequence[str | Path], samples: int | None, length: int | None, device: str
+) -> Calibrator | None:
+    """What gives the rules' methods the statistics that they need; None when they need none."""
+    if not any(apply.needs(rule) for rule in plan.rules.values()):
+        return None
+    if any(rule.transform is not None for rule in plan.rules.values()):
+        raise Unsupported("awq and smoothquant are not folded into checkpoints yet; gptq needs no folding")
+    try:
+        from .calibrate import Calibration, open_calibrator
+    except ModuleNotFoundError as error:
         raise Unsupported(
-            f"{' + '.join(dict.fromkeys(methods))} needs calibration ({', '.join(found)} of each layer's input), which"
-            " penjing compress cannot collect yet; rtn and hqq, l1, l2 and random need no data"
-        )
+            f"methods that need calibration compute with {error.name}: pip install 'penjing[compress]';"
+            " rtn and hqq, l1, l2 and random need no data"
+        ) from None
+    calibration = Calibration(tuple(map(Path, files)), samples, length, plan.recipe.seed)
+    return open_calibrator(plan.checkpoint, calibration, plan.rules, output / FOLDER, device)
 
 
-def _run(plan: Plan, journal: Journal, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Read, solve, pack, write, journal; a file is written while the next one is computed."""
+def _calibration_line(found: Mapping[str, Any]) -> str:
+    """What is said of calibration at the end: gains over rounding, and every layer that is not as was asked."""
+    both = [its for its in found["layers"].values() if its.get("plain_loss")]
+    line = f"{found['samples']} × {found['sequence_length']} tokens"
+    if both:
+        share = sum(its["loss"] / its["plain_loss"] for its in both) / len(both)
+        line += f"; layers lose {share:.2f} × what rounding alone would"
+    words = {
+        "kept_plain": "were no better than rounded, and are rounded",
+        "starved": "of experts that were rarely chosen, which were given all tokens",
+        "uncalibrated": "that nothing came to, and are rounded",
+    }
+    for flag, what in words.items():
+        if found[flag]:
+            line += f"; {len(found[flag])} layers {what}"
+    return line
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+def _run(plan: Plan, journal: Journal, calibrator: Calibrator | None, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Solve, write, journal; a file is written while the next one is computed."""
     total = sum(plan.input_bytes(shard) for shard in plan.shards)
     done, entries = 0, {}
     pending: Future[dict[str, Any]] | None = None
     with ThreadPoolExecutor(1, "penjing-write") as writer:
         for shard in plan.shards:
-            entry = journal.finished(shard.name)
+            entry, size = journal.finished(shard.name), plan.input_bytes(shard)
             if entry is None:
-                tensors, zeros = _solve_shard(plan, shard)
+                ticker = _Ticker(progress, done, size, total)
+                contents = solve_shard(plan, shard, calibrator, ticker.tick)
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_write, journal, shard, tensors, zeros)
+                pending = writer.submit(_write, plan, journal, calibrator, shard, contents)
             elif sha256_of(journal.output / shard.name) != entry["sha256"]:
                 raise PenjingError(f"{journal.output / shard.name}: damaged since it was written; run with --restart")
-            done += plan.input_bytes(shard)
+            done += size
             progress(done, total)
         if pending is not None:
             pending.result()
@@ -182,61 +226,29 @@ def _run(plan: Plan, journal: Journal, progress: Progress) -> dict[str, dict[str
     return entries
 
 
-def _solve_shard(plan: Plan, shard: Shard) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """All tensors of a file → what to write, and how many weights were pruned in each module."""
-    tensors: dict[str, Tensor] = {name: _copy(plan, name) for name in shard.copies}
-    zeros: dict[str, int] = {}
-    pieces = [(module, rows) for module in shard.modules for rows in _row_ranges(plan, module)]
-    solved = ((piece[0], _solve(plan, piece[0], weight)) for piece, weight in _read_ahead(plan, pieces))
-    for module, parts in itertools.groupby(solved, key=lambda item: item[0]):
-        whole, rule = apply.join([weight for _, weight in parts]), plan.rules[module]
-        if rule.prune is not None:
-            zeros[module] = storage.count_zeros(whole)
-        stored = storage.encode(whole, rule.quantize, sparse=plan.is_sparse(module))
-        tensors |= {f"{module}.{part}": array for part, array in stored.items()}
-    return tensors, zeros
+class _Ticker:
+    """Adds up shares of a file's work, and reports them as bytes."""
+
+    def __init__(self, progress: Progress, before: float, size: float, total: float) -> None:
+        self._progress, self._before, self._size, self._total, self._share = progress, before, size, total, 0.0
+
+    def tick(self, share: float) -> None:
+        self._share = min(1.0, self._share + share)
+        self._progress(self._before + self._share * self._size, self._total)
 
 
-def _read_ahead(plan: Plan, pieces: Iterable[tuple[str, slice]]) -> Iterator[tuple[tuple[str, slice], NDArray[Any]]]:
-    """Rows of weights, the next ones being read while the last ones are computed on."""
-    with ThreadPoolExecutor(1, "penjing-read") as reader:
-        waiting: tuple[tuple[str, slice], Future[NDArray[Any]]] | None = None
-        for piece in pieces:
-            ahead = (piece, reader.submit(read_rows, plan.checkpoint, f"{piece[0]}.weight", piece[1]))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = ahead
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-
-
-def read_rows(checkpoint: Checkpoint, name: str, rows: slice | None) -> NDArray[Any]:
-    """Rows of a tensor; BadCheckpoint names it when a number is not finite."""
-    array = checkpoint.read(name, rows)
-    if array.dtype in storage.SCALE_NAMES and kernels.has_nonfinite(array):
-        raise BadCheckpoint(f"{checkpoint.file_of(name)}: tensor {name} has a NaN or an infinity")
-    return array
-
-
-def _copy(plan: Plan, name: str) -> Chunks:
-    """A tensor that is written as it is read, in parts."""
-    info = plan.checkpoint.infos[name]
-    ranges = plan.row_ranges(info) if info.shape else (None,)
-    return Chunks(info.dtype, info.shape, (read_rows(plan.checkpoint, name, rows) for rows in ranges))
-
-
-def _solve(plan: Plan, module: str, rows: NDArray[Any]) -> NDArray[Any] | AffineTensor:
-    """What the module's rule makes of its weight, or of some rows of it."""
-    seed = zlib.crc32(module.encode(), plan.recipe.seed & 0xFFFFFFFF)
-    steps = scale_dtype(plan.weight(module))
-    return apply.solve(plan.rules[module], rows, Statistics(), scale_dtype=steps, seed=seed)
-
-
-def _write(journal: Journal, shard: Shard, tensors: dict[str, Tensor], zeros: dict[str, int]) -> dict[str, Any]:
-    digest, length = write_safetensors(journal.output / shard.name, tensors, {"format": "pt"})
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": zeros}
+def _write(
+    plan: Plan, journal: Journal, calibrator: Calibrator | None, shard: Shard, contents: Contents
+) -> dict[str, Any]:
+    digest, length = write_safetensors(journal.output / shard.name, contents.tensors, {"format": "pt"})
+    sizes = {name: tensor.nbytes for name, tensor in contents.tensors.items()}
+    entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": contents.zeros}
+    if contents.verdicts:
+        entry["verdicts"] = contents.verdicts
     journal.finish(shard.name, entry)
+    after = plan.shards.index(shard) + 1
+    if calibrator is not None and after < len(plan.shards):
+        calibrator.forget_before(plan.shards[after].blocks[0].name)
     return entry
 
 
@@ -250,9 +262,13 @@ def _complete(plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]
     if (quantization := artifact.quantization_config(plan)) is not None:
         config["quantization_config"] = quantization
     saved = open_checkpoint(output, config)
-    verdict = verify.verify(plan.checkpoint, saved, plan.rules, lambda module: _solved_again(plan, module), check)
+    verdicts = {module: its for entry in entries.values() for module, its in entry.get("verdicts", {}).items()}
+    checksums = {module: its["checksum"] for module, its in verdicts.items()}
+    again = functools.partial(solved_again, plan)
+    verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, checksums or None)
     saved.close()
-    described = artifact.describe(plan, journal.identity, journal.files, entries) | {"check": verdict}
+    described = artifact.describe(plan, journal.identity, journal.files, entries)
+    described |= {"check": verdict, "calibration": artifact.calibration(journal.identity, verdicts)}
     write_json(output / ARTIFACT, described)
     artifact.complete(output, config)
     journal.close()
@@ -270,24 +286,16 @@ def _evaluated(output: Path, made: dict[str, Any], original: Path, data: Path) -
     return made
 
 
-def _solved_again(plan: Plan, module: str) -> Iterator[tuple[slice, Weight]]:
-    """What a module's rows were solved to, computed from the original once more."""
-    for rows in _row_ranges(plan, module):
-        yield rows, _solve(plan, module, read_rows(plan.checkpoint, f"{module}.weight", rows))
-
-
-def _row_ranges(plan: Plan, module: str) -> Iterator[slice]:
-    return plan.row_ranges(plan.weight(module), apply.by_rows(plan.rules[module]))
-
-
-def _identity(plan: Plan) -> dict[str, Any]:
-    return {
+def _identity(plan: Plan, calibrator: Calibrator | None) -> dict[str, Any]:
+    """What must be the same for a run to go on; with calibration also what that depends on."""
+    identity = {
         "model": fingerprint(plan.checkpoint),
         "recipe": plan.recipe.to_json(),
         "storage": "bitmask" if plan.bitmask else "dense",
         "files": [shard.name for shard in plan.shards],
         "version": __version__,
     }
+    return identity if calibrator is None else identity | calibrator.identity()
 
 
 def _files(plan: Plan) -> list[str]:
@@ -295,31 +303,6 @@ def _files(plan: Plan) -> list[str]:
     shards = [shard.name for shard in plan.shards]
     index = [INDEX] if len(shards) > 1 else []
     return [*shards, *index, *(file.name for file in plan.checkpoint.side_files()), ARTIFACT, CONFIG]
-
-
-def _fit_memory(plan: Plan, limit: int | None) -> tuple[Plan, int]:
-    """A plan that keeps the limit (reading less at a time where that helps), and what it needs at most."""
-    apart = {module: apply.by_rows(rule) for module, rule in plan.rules.items()}
-    here = hardware.peak_memory_bytes()
-    bounds = []
-    chunk = CHUNK_BYTES
-    while chunk >= _SMALLEST_CHUNK:
-        smaller = dataclasses.replace(plan, chunk_bytes=chunk)
-        bounds.append(here + smaller.memory_bytes(apart))
-        if limit is None or bounds[-1] <= limit:
-            return smaller, bounds[-1]
-        chunk //= 2
-    raise OutOfBudget(
-        f"memory_limit={limit} bytes: this model and recipe need {min(bounds)} bytes at least;"
-        " smaller files (--shard-size) or a higher limit would do"
-    )
-
-
-def _check_disk(plan: Plan, journal: Journal) -> None:
-    left = sum(plan.output_bytes(shard) for shard in plan.shards if journal.finished(shard.name) is None)
-    free = shutil.disk_usage(journal.output).free
-    if left > free:
-        raise OutOfBudget(f"{journal.output}: {left} bytes are needed on the disk, {free} are free")
 
 
 def _result(
@@ -340,5 +323,5 @@ def _result(
         memory_bound_bytes=bound,
         resumed_at_block=resumed_at,
         already_done=already,
-        **{name: made[name] for name in (*same, "digest", "blocks", "check", "evaluation")},
+        **{name: made[name] for name in (*same, "digest", "blocks", "check", "calibration", "evaluation")},
     )

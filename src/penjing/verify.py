@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import models
-from .checkpoint import Checkpoint, Weight
+from .checkpoint import Checkpoint, Weight, storage
 from .errors import PenjingError, Unsupported
 from .formats.affine import AffineTensor
 from .kernels import matrix_from, reference
@@ -32,15 +32,24 @@ TOLERANCE, TOLERANCE_INT8 = 1e-3, 5e-2
 
 
 def verify(
-    source: Checkpoint, saved: Checkpoint, rules: Mapping[str, Rule], solve: Solve, extent: str = "sample"
+    source: Checkpoint,
+    saved: Checkpoint,
+    rules: Mapping[str, Rule],
+    solve: Solve,
+    extent: str = "sample",
+    checksums: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Check a saved artifact → what was checked, for penjing.json; PenjingError says what is wrong.
 
     extent: the logits of a model of "sample" blocks (all blocks of a small model, else the first and a few that are
-    spread evenly), of the "full" model, or "none".
+    spread evenly), of the "full" model, or "none".  checksums: module → `storage.checksum` of what was solved with
+    data. That cannot be solved again, so the plain computation takes the saved numbers, which must be those.
     """
     for module, rule in rules.items():
         _check_module(source, saved, module, rule)
+    for module, right in (checksums or {}).items():
+        if storage.checksum(saved.weight(module)) != right:
+            raise PenjingError(f"{saved.path}: self-check failed: {module} is not what was solved; please report this")
     checked: dict[str, Any] = {"modules": len(rules), "blocks": [], "logits_error": None}
     if extent == "none":
         return checked | {"verdict": f"{len(rules)} modules compressed, steps finite; logits not compared (not asked)"}
@@ -50,7 +59,10 @@ def verify(
         return checked | {"verdict": f"{len(rules)} modules compressed, steps finite; logits not compared: {why}"}
     check_tensors(saved, config)
     blocks = _sample(config, source, extent)
-    error = _logits_error(config, saved, source, rules, solve, blocks)
+    if checksums is None:
+        error = _logits_error(config, saved, source, rules, solve, blocks)
+    else:
+        error = _logits_error(config, saved, saved, rules, lambda module: [(slice(None), saved.weight(module))], blocks)
     limit = TOLERANCE_INT8 if any(map(_int8, rules.values())) else TOLERANCE
     if not error <= limit:
         raise PenjingError(

@@ -143,6 +143,24 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
     }
 
 
+def calibration(identity: Mapping[str, Any], verdicts: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What penjing.json says of calibration; None when there was none.
+
+    layers: module → ``loss`` and ``plain_loss``, shares of the layer's output that are lost, and by rounding alone.
+    kept_plain: layers where rounding was better, and stayed.  starved: experts that were given all tokens because the
+    router chose them too rarely.  uncalibrated: layers that nothing came to, rounded plainly.
+    """
+    if not verdicts:
+        return None
+    numbers = ("loss", "plain_loss", "damping")
+    flags = ("kept_plain", "starved", "uncalibrated")
+    return {
+        **identity["calibration"],
+        "layers": {m: {name: its[name] for name in numbers if name in its} for m, its in sorted(verdicts.items())},
+        **{flag: sorted(module for module, its in verdicts.items() if its.get(flag)) for flag in flags},
+    }
+
+
 def complete(output: Path, config: dict[str, Any]) -> None:
     """Write config.json: from now on the folder is a model."""
     write_json(output / CONFIG, config)

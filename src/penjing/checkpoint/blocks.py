@@ -25,6 +25,12 @@ class Block:
         return self.name not in ("before", "after")
 
 
+def layer_of(name: str) -> str | None:
+    """The layer that a tensor belongs to, such as "model.layers.7", or None."""
+    found = _LAYER.match(name)
+    return f"{found['stack']}.{found['index']}" if found else None
+
+
 def order_blocks(names: Iterable[str]) -> tuple[Block, ...]:
     """All tensors, in blocks: each layer of each stack is one, stacks by name, layers by number."""
     groups: dict[tuple[int, str, int], list[str]] = {}

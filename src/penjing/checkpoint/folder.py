@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import kernels
 from ..errors import BadCheckpoint, Unsupported
 from . import storage
 from .atomic import read_json
@@ -66,6 +67,13 @@ class Checkpoint:
         if stored_name not in self._files:
             raise BadCheckpoint(f"{self.path}: tensor {stored_name} is missing")
         return self._files[stored_name].read(stored_name, rows)
+
+    def read_finite(self, stored_name: str, rows: slice | None = None) -> NDArray[Any]:
+        """The same; BadCheckpoint names the tensor when one of its numbers is not finite."""
+        array = self.read(stored_name, rows)
+        if array.dtype in storage.SCALE_NAMES and kernels.has_nonfinite(array):
+            raise BadCheckpoint(f"{self.file_of(stored_name)}: tensor {stored_name} has a NaN or an infinity")
+        return array
 
     def split(self, name: str, parts: Mapping[str, tuple[int, int, int]]) -> None:
         """Let a tensor (n, rows, columns) be read as matrices: new name → number on the first axis, first row, rows.

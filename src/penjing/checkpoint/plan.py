@@ -95,10 +95,13 @@ class Plan:
         return codes + rows * groups * info.dtype.itemsize + zeros + 16 + sparse
 
     def memory_bytes(self, by_rows: Mapping[str, bool]) -> int:
-        """The most that a run holds at once beyond the interpreter: see docs/compress.md for the terms."""
+        """The most that a run holds at once beyond the interpreter: see docs/compress.md for the terms.
+
+        by_rows: the modules that are solved without calibration → may it be done some rows at a time?
+        """
         results = [sum(self.module_bytes(m) for m in shard.modules) for shard in self.shards]
         work = 0
-        for module in self.rules:
+        for module in by_rows:
             info = self.weight(module)
             chunk = min(self.chunk_bytes, info.nbytes) if by_rows[module] else info.nbytes
             # Two chunks read ahead, one pruned, the codes of the whole matrix, its packed words.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,6 +170,19 @@ def dense(weight: Weight, format: str | None) -> dict[str, Array]:
     if isinstance(weight, AffineTensor):
         return {"weight": weight.codes} | steps(weight) if format == INT else encode_packed(weight)
     return {"weight": weight.decode() if isinstance(weight, BitmaskTensor) else weight}
+
+
+def checksum(weight: Weight) -> int:
+    """A CRC-32 of a weight's numbers (codes, steps and zero points, or floats), however they are stored."""
+    if isinstance(weight, AffineTensor):
+        parts: tuple[Array | None, ...] = (weight.codes, weight.scale.astype(np.float32), weight.zero_point)
+    else:
+        parts = (weight.decode() if isinstance(weight, BitmaskTensor) else weight,)
+    found = 0
+    for part in parts:
+        if part is not None:
+            found = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, found)
+    return found
 
 
 def count_zeros(weight: Weight) -> int:

@@ -23,9 +23,14 @@ def compress(
     scope: str | None = typer.Option(None, help="Weights are ranked within a row or a tensor."),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
-    calibration: Path | None = typer.Option(None, help="Text for methods that need it (rtn and magnitude do not)."),
-    samples: int | None = typer.Option(None, help="Texts of the calibration data that are used."),
-    sequence_length: int | None = typer.Option(None, help="Tokens of each calibration text."),
+    calibration: list[Path] | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Texts or chats (.txt, .jsonl, .parquet) for methods that need data; several allowed.",
+    ),
+    samples: int | None = typer.Option(None, help="Rows of text to calibrate on; 128."),
+    sequence_length: int | None = typer.Option(None, help="Tokens of each of them; 512, or what the model can take."),
+    device: str = typer.Option("auto", help="Where calibration computes: auto, cpu or cuda."),
     memory_limit: str | None = typer.Option(
         None, metavar="SIZE", help="Peak memory, e.g. 4GiB; refused if too little."
     ),
@@ -47,9 +52,6 @@ def compress(
     from ..compress import compress as run
     from ._common import parse_size, progress_bar
 
-    if calibration is not None:
-        _check_calibration(calibration)
-        print("penjing: no method of this recipe needs calibration data; it is not used", file=sys.stderr)
     if sparse_storage == "bitmask":
         print(
             "penjing: bitmask storage is smaller, and only Penjing reads it;"
@@ -67,7 +69,12 @@ def compress(
             restart=restart,
             check=check,  # type: ignore[arg-type]
             evaluate=evaluate,
+            calibration=calibration or (),
+            samples=samples,
+            sequence_length=sequence_length,
+            device=device,  # type: ignore[arg-type]
             progress=progress,
+            announce=lambda text: print(text, file=sys.stderr),
             method=method,
             bits=bits,
             group_size=group_size,
@@ -82,12 +89,3 @@ def compress(
             seed=seed,
         )
     print(json.dumps(dataclasses.asdict(result)) if json_output else result)
-
-
-def _check_calibration(file: Path) -> None:
-    from ..errors import BadInput
-
-    if not file.is_file():
-        raise BadInput(f"--calibration {file}: there is no such file")
-    if not file.read_bytes()[:1_000_000].strip():
-        raise BadInput(f"--calibration {file}: the file is empty; give a text like those the model will see")

@@ -11,7 +11,8 @@ They come in this order; a joint one stands for both the pruner and the quantize
 
 weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibration collected on the layer's input, by
 name; the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one another,
-so that a large matrix may be solved in parts. To add a method, write its file and put its name in one of these tables.
+so that a large matrix may be solved in parts. ``MEMORY`` is what `solve` takes at most beside what it is given: bytes
+for each weight, and for each of (in, in). To add a method, write its file and put its name in one of these tables.
 """
 
 from __future__ import annotations

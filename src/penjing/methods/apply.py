@@ -64,28 +64,47 @@ def transform_config(rule: Rule, scale_dtype: str) -> Any:
     return _config(rule.transform.method, transform(rule.transform.method), fixed, rule.transform.options)
 
 
+def plain(rule: Rule) -> Rule:
+    """The rule that rounds to nearest and prunes by magnitude where another does so in a better way."""
+    quantize, prune = rule.quantize, rule.prune
+    return Rule(
+        rule.targets,
+        quantize and Quantize("rtn", quantize.bits, quantize.group_size, quantize.symmetric, quantize.activations),
+        prune and Prune("l1", prune.sparsity, prune.pattern, prune.scope),
+    )
+
+
 def judge(
-    weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, statistics: Statistics, rule: Rule
+    weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, statistics: Statistics, rule: Rule, rows: int = 256
 ) -> dict[str, float]:
     """What a solution loses of the layer's output, and what rounding (and magnitude pruning) alone would have lost.
 
-    Needs the hessian. ``loss`` and ``plain_loss`` are shares of tr(W H Wᵀ): a loss above the plain one is a layer
-    to do again or to keep. ``damping`` is there when the methods had to raise it.
+    Needs the hessian. ``loss`` and ``plain_loss`` are shares of tr(W H Wᵀ), over at most so many rows, evenly chosen: a
+    loss above the plain one is a layer to do again or to keep. ``damping`` is there when the methods had to raise it.
     """
-    plain = Rule(
-        rule.targets,
-        None
-        if rule.quantize is None
-        else Quantize("rtn", rule.quantize.bits, rule.quantize.group_size, rule.quantize.symmetric),
-        None if rule.prune is None else Prune("l1", rule.prune.sparsity, rule.prune.pattern, rule.prune.scope),
-    )
     hessian = statistics.need("hessian", weight.shape[1])
-    simple = solve(plain, weight, Statistics(), scale_dtype="float32", seed=0)
+    simple = solve(plain(rule), weight, Statistics(), scale_dtype="float32", seed=0)
+    some = np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(np.int64)
     found = {
-        name: linalg.relative_loss(weight, each.decode() if isinstance(each, AffineTensor) else each, hessian)
+        name: linalg.relative_loss(weight[some], decoded_rows(each, some), hessian)
         for name, each in (("loss", solved), ("plain_loss", simple))
     }
     return found | linalg.damping_used(statistics)
+
+
+def decoded_rows(weight: NDArray[Any] | AffineTensor, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Some rows of a solution, as numbers."""
+    if isinstance(weight, np.ndarray):
+        return weight[rows]
+    at = rows if len(weight.scale) > 1 else slice(None)
+    zero = None if weight.zero_point is None else weight.zero_point[at]
+    return AffineTensor(weight.codes[rows], weight.scale[at], zero, weight.grid).decode()
+
+
+def memory_bytes(rule: Rule, rows: int, columns: int) -> int:
+    """What `solve` takes at most beside the weight and its statistics, the solution included."""
+    each: list[tuple[int, int]] = [module.MEMORY for module, _ in _steps(rule, "float32", 0)]
+    return rows * columns * (4 + max(a for a, _ in each)) + columns * columns * sum(b for _, b in each)
 
 
 def join(parts: Sequence[NDArray[Any] | AffineTensor]) -> NDArray[Any] | AffineTensor:

@@ -21,6 +21,7 @@ from .statistics import Statistics
 from .steps import stored
 
 NEEDS: tuple[str, ...] = ("hessian",)
+MEMORY = (40, 6)
 Floats = NDArray[np.float32]
 ROWS = 1024  # at a time: rows do not depend on one another
 LEAST_SHARE = np.float32(0.5)

@@ -21,6 +21,7 @@ from .sparsegpt import Spared, refit
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
+MEMORY = (36, 6)
 Floats = NDArray[np.float32]
 
 

@@ -23,6 +23,7 @@ from .statistics import Statistics
 from .steps import stored
 
 NEEDS: tuple[str, ...] = ()
+MEMORY = (24, 0)
 Floats = NDArray[np.float32]
 GROWTH = np.float32(1.01)
 PATIENCE = 3  # turns that are no better before a group ends

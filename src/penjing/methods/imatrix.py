@@ -19,6 +19,7 @@ from . import steps
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("input_norm",)
+MEMORY = (22, 0)
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,12 @@ def _invert(lower: Doubles) -> None:
 
 
 def losses(error: NDArray[Any], hessian: NDArray[Any]) -> Doubles:
-    """e H eᵀ of each row of an error (out, in): float64 (out,), summed in float64."""
+    """e H eᵀ of each row of an error (out, in): float64 (out,)."""
     found = np.empty(len(error), np.float64)
-    h = hessian.astype(np.float64)
+    h = hessian.astype(np.float32, copy=False)
     for low in range(0, len(error), 512):
-        rows = error[low : low + 512].astype(np.float64)
-        found[low : low + 512] = np.einsum("oi,oi->o", rows @ h, rows)
+        rows = error[low : low + 512].astype(np.float32)
+        found[low : low + 512] = np.einsum("oi,oi->o", rows @ h, rows, dtype=np.float64)
     return found
 
 

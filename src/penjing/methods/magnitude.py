@@ -16,6 +16,7 @@ from ..errors import BadRecipe
 from . import Statistics
 
 NEEDS: tuple[str, ...] = ()
+MEMORY = (8, 0)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from . import linalg, magnitude, masks, options
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
+MEMORY = (8, 40)
 MOST = 1024
 
 

@@ -12,6 +12,7 @@ from . import Statistics
 from .magnitude import Config
 
 NEEDS: tuple[str, ...] = ()
+MEMORY = (12, 0)
 
 
 def by_rows(config: Config) -> bool:

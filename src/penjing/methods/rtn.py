@@ -15,6 +15,7 @@ from . import Statistics
 from .observers import observer
 
 NEEDS: tuple[str, ...] = ()
+MEMORY = (6, 0)
 
 
 @dataclass(frozen=True)

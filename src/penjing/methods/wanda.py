@@ -14,8 +14,9 @@ from . import masks
 from .magnitude import Config, by_rows
 from .statistics import Statistics
 
-__all__ = ["NEEDS", "Config", "by_rows", "solve"]
+__all__ = ["MEMORY", "NEEDS", "Config", "by_rows", "solve"]
 NEEDS: tuple[str, ...] = ("input_norm",)
+MEMORY = (14, 0)
 
 
 def solve(weight: NDArray[Any], statistics: Statistics, config: Config) -> NDArray[Any]:

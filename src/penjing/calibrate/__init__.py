@@ -1,0 +1,29 @@
+"""Calibration: what comes into each layer, seen on text that goes through the model block by block.
+
+data      texts → rows of tokens
+graph     transformers' model, without memory, and which of the checkpoint's tensors are which of it
+block     one block with its weights
+products  where the inputs of layers are seen
+inputs    which layers share an input, and its statistics
+stream    the chain of blocks, and the files between them
+memory    what all that takes at most
+solving   a block compressed on its statistics, and judged
+"""
+
+from .data import Calibration, read_tokens
+from .memory import Needs, needs
+from .solving import compress_block
+from .stream import Calibrator, OpenBlock, Tick, fingerprint, open_calibrator
+
+__all__ = [
+    "Calibration",
+    "Calibrator",
+    "Needs",
+    "OpenBlock",
+    "Tick",
+    "compress_block",
+    "fingerprint",
+    "needs",
+    "open_calibrator",
+    "read_tokens",
+]

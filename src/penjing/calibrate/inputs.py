@@ -1,0 +1,247 @@
+"""Which layers of a block read the same input, and what calibration collects on each of these inputs.
+
+One run of the block shows the sharing; further runs fill the statistics, as many inputs at a time as the memory for
+them allows. A forced run shows every token to experts that the router chose too rarely.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput, PenjingError
+from ..methods.statistics import Collector, Statistics
+from .block import LiveBlock
+
+EXPERT = re.compile(r"^(?P<owner>.*\.experts)\.(?P<index>\d+)\.")
+# An expert that saw fewer rows than its input has columns has a hessian without full rank; this share is borne.
+ENOUGH = 0.25
+
+
+@dataclass
+class Input:
+    """What one or more layers read.
+
+    names: their weights in the checkpoint, in the order of first use; the first one's products are where it is
+    seen.  columns: its width.  needs: statistics to collect.  once: was it seen exactly once in a run?
+    """
+
+    names: list[str]
+    columns: int
+    needs: tuple[str, ...] = ()
+    once: bool = True
+    modules: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return Collector.bytes_needed(self.columns, self.needs, "float32")
+
+    @property
+    def expert(self) -> tuple[str, int] | None:
+        """(the experts' common name, number) of an expert's input."""
+        found = EXPERT.match(self.names[0])
+        return (found["owner"], int(found["index"])) if found else None
+
+
+def find_inputs(block: LiveBlock, run: Callable[[Any], Any], wanted: Mapping[str, tuple[str, ...]]) -> list[Input]:
+    """The inputs of a block's products in order of use, and of experts that the run did not reach.
+
+    run: computes the block on some tokens, telling ``seen``.  wanted: weights that need statistics → which.
+    """
+    inputs: dict[Any, Input] = {}
+    held: list[Tensor] = []  # so that no two inputs are ever in the same memory
+
+    def seen(names: tuple[str, ...], x: Tensor) -> None:
+        held.append(x)
+        key = (x.data_ptr(), x.numel(), x.shape[-1])
+        found = inputs.setdefault(key, Input([], x.shape[-1]))
+        found.once = found.once and not set(names) & set(found.names)
+        found.names += [name for name in names if name not in found.names]
+
+    run(seen)
+    merged = list(_merge(inputs.values()))
+    known = {name for each in merged for name in each.names}
+    unreached: dict[Any, Input] = {}
+    for name in wanted:
+        if name not in known and EXPERT.match(name) and (slot := block.slot_of(name)) is not None:
+            columns = block.graph.checkpoint.infos[name].shape[1]
+            unreached.setdefault(slot, Input([], columns, once=False)).names.append(name)
+    for each in (*merged, *unreached.values()):
+        each.modules = [name.removesuffix(".weight") for name in each.names if name in wanted]
+        each.needs = tuple(sorted({need for name in each.names for need in wanted.get(name, ())}))
+    return [each for each in (*merged, *unreached.values()) if each.needs]
+
+
+def _merge(inputs: Iterable[Input]) -> Iterator[Input]:
+    """Inputs of several calls of the same layers (a layer that runs twice in a block) as one."""
+    merged: list[Input] = []
+    for each in inputs:
+        other = next((known for known in merged if set(known.names) & set(each.names)), None)
+        if other is None:
+            merged.append(each)
+            continue
+        other.names += [name for name in each.names if name not in other.names]
+        other.once = False
+    yield from merged
+
+
+def portions(inputs: Sequence[Input], budget: int) -> list[list[Input]]:
+    """Inputs in order, as many together as their statistics fit in the budget (bytes); at least one."""
+    found: list[list[Input]] = []
+    room = 0
+    for each in inputs:
+        if not found or each.nbytes > room:
+            found.append([])
+            room = budget
+        found[-1].append(each)
+        room -= each.nbytes
+    return found
+
+
+class _Enough(Exception):
+    """All that was wanted of this run has been seen."""
+
+
+class Collecting:
+    """Collectors of some inputs, filled by the runs of a block that they are shown to."""
+
+    def __init__(self, inputs: Sequence[Input], device: torch.device) -> None:
+        self.inputs = inputs
+        self._collectors = {each.names[0]: make_collector(each.columns, each.needs, device) for each in inputs}
+        # where every product is made once, nothing after the last one that is wanted needs to be computed
+        self._last = inputs[-1].names[0] if all(each.once for each in inputs) else None
+
+    def count(self, each: Input) -> int:
+        """Rows of an input that were seen."""
+        count: int = self._collectors[each.names[0]].count
+        return count
+
+    def statistics(self, each: Input) -> Statistics:
+        """What was seen of an input; it is given once, and then forgotten."""
+        found: Statistics = self._collectors.pop(each.names[0]).statistics()
+        return found
+
+    def replace(self, others: Collecting) -> None:
+        """Take over what others saw of the same inputs."""
+        self._collectors |= others._collectors
+
+    def run(self, block: LiveBlock, compute: Callable[[Any], Any]) -> None:
+        """See one run of the block; the run ends with the last product that is of interest."""
+        try:
+            compute(self._seen)
+        except _Enough:
+            pass
+        except BadInput as error:
+            raise PenjingError(f"{block.name}: {error}") from None
+
+    def _seen(self, names: tuple[str, ...], x: Tensor) -> None:
+        for name in names:
+            if (collector := self._collectors.get(name)) is not None:
+                collector.add(x.reshape(-1, x.shape[-1]))
+        if self._last is not None and self._last in names:
+            raise _Enough
+
+
+def make_collector(columns: int, needs: tuple[str, ...], device: torch.device) -> Any:
+    """What sums up rows that are given as tensors on a device."""
+    return OnHost(columns, needs) if device.type == "cpu" else OnDevice(columns, needs, device)
+
+
+class OnHost(Collector):
+    """`Collector`, fed with torch's tensors."""
+
+    def __init__(self, columns: int, needs: tuple[str, ...]) -> None:
+        super().__init__(columns, needs, "float32")
+
+    def add(self, x: Any) -> None:
+        super().add(x.detach().to(torch.float32).numpy())
+
+
+class OnDevice:
+    """The same sums on a GPU, where the rows are; they come to the host as they are asked for."""
+
+    def __init__(self, columns: int, needs: tuple[str, ...], device: torch.device) -> None:
+        self.columns, self.needs, self.count = columns, needs, 0
+        self._sums = {
+            name: torch.zeros((columns,) * (2 if name == "hessian" else 1), dtype=torch.float32, device=device)
+            for name in needs
+        }
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().to(torch.float32)
+        if not bool(torch.isfinite(rows).all()):
+            raise BadInput("the layer's input has a NaN or an infinity: the model overflows on this text")
+        self.count += len(rows)
+        for name, total in self._sums.items():
+            if name == "hessian":
+                total.addmm_(rows.T, rows)
+            elif name == "absmax":
+                torch.maximum(total, rows.abs().amax(dim=0), out=total) if len(rows) else None
+            elif name == "input_norm":
+                total += rows.square().sum(dim=0)
+            else:
+                total += (rows.abs() if name == "absmean" else rows).sum(dim=0)
+
+    def statistics(self) -> Statistics:
+        if not self.count:
+            raise BadInput("the layer saw no rows: no calibration text reached it")
+        found = {}
+        for name, total in self._sums.items():
+            mean = total if name == "absmax" else total / self.count
+            found[name] = (mean.sqrt() if name == "input_norm" else mean).cpu().numpy()
+        return Statistics(found)
+
+
+class Forced:
+    """While it lasts, every token is given to certain experts of a block, whatever the router says.
+
+    The block's own results are worthless then. It works for experts' modules in transformers' form, whose forward is
+    given ``top_k_index`` and ``top_k_weights``.
+    """
+
+    def __init__(self, block: LiveBlock, starved: Sequence[Input]) -> None:
+        chosen: dict[str, set[int]] = {}
+        for each in starved:
+            if each.expert is not None:
+                chosen.setdefault(each.expert[0], set()).add(each.expert[1])
+        self._chosen = list(chosen.values())
+        self._modules = [module for module in block.module.modules() if _is_routed(module)]
+        self._hooks: list[Any] = []
+
+    @property
+    def possible(self) -> bool:
+        return len(self._modules) == len(self._chosen) == 1
+
+    def __enter__(self) -> Forced:
+        numbers = sorted(self._chosen[0])
+
+        def to_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            index = given["top_k_index"]
+            experts = torch.tensor(numbers, device=index.device).expand(len(index), -1)
+            weights = given["top_k_weights"].new_full(experts.shape, 1 / len(numbers))
+            return (), {**given, "top_k_index": experts, "top_k_weights": weights}
+
+        self._hooks = [module.register_forward_pre_hook(to_all, with_kwargs=True) for module in self._modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def starved(inputs: Sequence[Input], collecting: Collecting) -> list[Input]:
+    """Inputs of experts that saw too few rows."""
+    return [
+        each for each in inputs if each.expert is not None and collecting.count(each) < max(1, ENOUGH * each.columns)
+    ]

@@ -1,0 +1,75 @@
+"""What calibrating takes in memory at most, term by term, known before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..methods import apply
+from ..methods.statistics import PANEL, Collector
+from ..recipe import Rule
+from .inputs import EXPERT
+from .stream import Calibrator
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, each the most of all blocks.
+
+    weights: a block's, and the codes of what was solved of it.  statistics: of all inputs of a block; they are
+    collected in several runs where the limit asks for it.  largest: of one input, which must fit.  solving: one matrix
+    with its statistics.  activations: one batch inside a block.
+    """
+
+    weights: int
+    statistics: int
+    largest: int
+    solving: int
+    activations: int
+
+
+def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
+    """What the blocks that are calibrated take."""
+    weights = statistics = largest = solving = activations = 0
+    for block in calibrator.order[: calibrator.chained]:
+        modules = [module for module in _modules(calibrator, block) if module in rules]
+        shapes = {module: calibrator.checkpoint.infos[f"{module}.weight"].shape for module in modules}
+        wanted = calibrator.wanted(block)
+        sums = [Collector.bytes_needed(shapes[m][1], wanted[f"{m}.weight"], "float32") for m in modules if wanted]
+        weights = max(weights, calibrator.graph.block_bytes(block) + sum(prod(shapes[m]) for m in modules))
+        statistics, largest = max(statistics, sum(sums)), max(largest, *sums, 0)
+        work = [apply.memory_bytes(rules[m], *shapes[m]) + 8 * prod(shapes[m]) for m in modules]
+        solving = max(solving, *work, 0)
+        activations = max(activations, _activations(calibrator, block))
+    return Needs(weights, statistics, largest, solving, activations)
+
+
+def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:
+    for part in calibrator.graph.block_parts(block).values():
+        for _, name in part.sources:
+            yield name.removesuffix(".weight")
+
+
+def _activations(calibrator: Calibrator, block: str) -> int:
+    """A batch through a block: what goes into and comes out of each layer, float32, and attention's own."""
+    infos = calibrator.checkpoint.infos
+    tokens = calibrator.batch * calibrator.tokens.shape[1]
+    layers, experts, largest = 0, [0], 0
+    for module in _modules(calibrator, block):
+        shape = infos[f"{module}.weight"].shape if f"{module}.weight" in infos else ()
+        if len(shape) == 2:
+            largest = max(largest, prod(shape))
+            if EXPERT.match(f"{module}.weight"):
+                experts.append(sum(shape))
+            else:
+                layers += sum(shape)
+    routing = 16 * len(experts) ** 2 if len(experts) > 1 else 0  # who goes to which expert, when all go to all
+    turned = largest * 4 if calibrator.dtype == torch.float32 else 0  # a weight in the products' type
+    columns = max((infos[name].shape[-1] for name in calibrator.wanted(block)), default=0)
+    products = 2 * min(PANEL, columns) * columns * 4  # a panel of the hessian
+    masks = 3 * calibrator.batch * calibrator.tokens.shape[1] ** 2 * 4
+    inside = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
+    return int(tokens * inside + turned + products + masks)

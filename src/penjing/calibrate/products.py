@@ -1,0 +1,53 @@
+"""The products of a block: computed in a fast type, and shown to whoever wants to know what comes into a layer.
+
+Every linear layer of transformers ends in `torch.nn.functional.linear`, experts that lie in one tensor too. So that
+is where inputs are seen: by the weight's memory it is known which tensors of the checkpoint they are multiplied with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# What is told of a product before it is made: names of the checkpoint's tensors in the weight, and the input (…, in).
+Seen = Callable[[tuple[str, ...], Tensor], None]
+
+
+class Owner(Protocol):
+    """Knows which tensors of the checkpoint a weight is."""
+
+    def names_of(self, weight: Tensor) -> tuple[str, ...]: ...
+
+
+class Products(TorchFunctionMode):
+    """Within it, products with an owner's weights are made in ``dtype`` and summed in float32; results are float32."""
+
+    def __init__(self, owner: Owner, dtype: torch.dtype, seen: Seen | None) -> None:
+        super().__init__()
+        self.owner, self.dtype, self.seen = owner, dtype, seen
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.linear:
+            return self._linear(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        names = self.owner.names_of(weight)
+        if names and self.seen is not None:
+            self.seen(names, input)
+        if not names:
+            return functional.linear(input, weight, bias)
+        product = functional.linear(self._cast(input), weight.to(self.dtype)).to(torch.float32)
+        return product if bias is None else product + bias
+
+    def _cast(self, input: Tensor) -> Tensor:
+        """The input in the products' type; that of the last product is kept, because q, k and v read the same."""
+        if self._last is None or self._last[0] is not input:
+            self._last = (input, input.to(self.dtype))
+        return self._last[1]

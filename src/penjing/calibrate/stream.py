@@ -1,0 +1,249 @@
+"""Calibration that goes through a model block by block, as the compressor does.
+
+The hidden states that come to a block lie in a file in the journal's folder, and those that leave it are written to
+the next one as they are computed, whole or not at all: memory holds those of one batch, and a killed run finds what
+it would have computed. The chain is live: what comes to a block has gone through the blocks before as compressed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import kernels
+from ..checkpoint import Checkpoint
+from ..checkpoint.safetensors import Chunks, SafetensorsFile, write_safetensors
+from ..errors import BadInput, PenjingError
+from ..methods import Statistics, apply
+from ..recipe import Rule
+from .block import LiveBlock, to_numpy
+from .data import Calibration, read_tokens
+from .graph import Call, Graph, to_torch
+from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
+
+BATCH_TOKENS = 512  # at least so many tokens go through a block at a time
+Tick = Callable[[float], None]
+
+
+class Calibrator:
+    """Statistics of each layer's input, block by block in order.
+
+    tokens: int64 (samples, length).  rules: module → what will be done to it.  folder: for the hidden states.
+    dtype: what products are made in.  budget: bytes that statistics may take at once; to be set before the first block.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        tokens: NDArray[np.int64],
+        rules: Mapping[str, Rule],
+        folder: Path,
+        dtype: torch.dtype,
+    ) -> None:
+        self.graph, self.checkpoint, self.device = graph, graph.checkpoint, graph.device
+        self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
+        self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
+        self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
+        self._calls: dict[int, list[Call]] = {}
+        self._static = True
+        self._look_at_calls()
+        wanted = [number for number, block in enumerate(self.order) if self.wanted(block)]
+        self.chained = max(wanted, default=-1) + 1
+
+    def _look_at_calls(self) -> None:
+        """Which blocks are called in which order, and whether what they are called with depends on the text."""
+        batches = self._batches()
+        first = self.graph.enter(self._ids(batches[0]))
+        self.width, self._calls = first[0].shape[-1], {first[0].shape[0]: first[1]}
+        self.order = [call.block for call in first[1]]
+        if len(batches) > 1 and batches[1].stop - batches[1].start == first[0].shape[0]:
+            other = self.graph.enter(self._ids(batches[1]))[1]
+            self._static = all(_same(one, two) for one, two in zip(first[1], other, strict=True))
+
+    def _batches(self) -> list[slice]:
+        return [slice(low, min(low + self.batch, len(self.tokens))) for low in range(0, len(self.tokens), self.batch)]
+
+    def _ids(self, rows: slice) -> Tensor:
+        return torch.from_numpy(self.tokens[rows]).to(self.device)
+
+    def _call(self, number: int, rows: slice) -> Call:
+        """What a block is called with for some samples."""
+        size = rows.stop - rows.start
+        if not self._static:
+            return self.graph.enter(self._ids(rows))[1][number]
+        if size not in self._calls:
+            self._calls[size] = self.graph.enter(self._ids(rows))[1]
+        return self._calls[size][number]
+
+    def wanted(self, block: str) -> dict[str, tuple[str, ...]]:
+        """Weights of a block whose rules need statistics → which."""
+        names = [name for part in self.graph.block_parts(block).values() for _, name in part.sources]
+        return {name: self.needs[name] for name in names if self.needs.get(name)}
+
+    def needed(self, block: str) -> bool:
+        """Does the block, or one after it, need calibration?"""
+        return block in self.order and self.order.index(block) < self.chained
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on, beside the model and the recipe: it must be the same for a run to go on."""
+        samples, length = self.tokens.shape
+        return {
+            "calibration": {"sha256": fingerprint(self.tokens), "samples": samples, "sequence_length": length},
+            "threads": kernels.threads(),
+            "device": f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
+        }
+
+    def hidden_bytes(self) -> int:
+        """What the hidden states of one block's input take on the disk."""
+        return self.tokens.size * self.width * self._stored().itemsize
+
+    def file(self, number: int) -> Path:
+        """Where the hidden states lie that come to a block."""
+        return self.folder / f"hidden-{number:05}.safetensors"
+
+    def forget_before(self, block: str) -> None:
+        """Hidden states of earlier blocks are needed no more."""
+        if block in self.order:
+            for number in range(self.order.index(block)):
+                self.file(number).unlink(missing_ok=True)
+
+    @contextmanager
+    def open(self, block: str, tick: Tick) -> Iterator[OpenBlock]:
+        """A block with its weights, ready to be calibrated. tick: is told shares of its work as they are done."""
+        number = self.order.index(block)
+        if number == 0 and not self.file(0).exists():
+            self._write(0, (self.graph.enter(self._ids(rows))[0] for rows in self._batches()))
+        if not self.file(number).exists():
+            raise PenjingError(f"{self.file(number)} is missing: run with --restart")
+        with LiveBlock(self.graph, block, self.dtype) as live, SafetensorsFile(self.file(number)) as hidden:
+            yield OpenBlock(self, live, number, hidden, tick)
+
+    def _write(self, number: int, parts: Iterator[Tensor]) -> None:
+        dtype = self._stored()
+        arrays = (to_numpy(part.to(torch.float32).cpu()).astype(dtype) for part in parts)
+        shape = (*self.tokens.shape, self.width)
+        write_safetensors(self.file(number), {"hidden": Chunks(dtype, shape, arrays)})
+
+    def _stored(self) -> np.dtype[Any]:
+        """Hidden states are kept in bfloat16 where the model's own weights have no more than 16 bits."""
+        widest = max(info.dtype.itemsize for info in self.checkpoint.infos.values() if info.dtype.kind in "fV")
+        return np.dtype(np.float32 if widest > 2 else ml_dtypes.bfloat16)
+
+
+class OpenBlock:
+    """A block while it is being calibrated and compressed."""
+
+    def __init__(self, owner: Calibrator, live: LiveBlock, number: int, hidden: SafetensorsFile, tick: Tick) -> None:
+        self.owner, self.live, self.number = owner, live, number
+        self._hidden, self._tick = hidden, tick
+        self.starved: list[str] = []
+        self.changed: set[str] = set()  # tensors that no rule is for, and that are others now
+
+    def get(self, name: str) -> NDArray[Any]:
+        """A tensor of the checkpoint as the block has it now; as it is stored where the block does not have it."""
+        return self.live.get(name) if self.live.is_live(name) else self.owner.checkpoint.read_finite(name)
+
+    def set(self, name: str, values: NDArray[Any]) -> None:
+        if self.live.is_live(name):
+            self.live.set(name, values)
+
+    def inputs(self) -> Iterator[tuple[Input, Statistics]]:
+        """Each input that a layer's rule needs to know, with its statistics, in order of use.
+
+        Weights may be solved as they come, but `set` only after the last one: the inputs are those of the original.
+        """
+        wanted = self.owner.wanted(self.live.name)
+        if not wanted:
+            return
+        found = find_inputs(self.live, partial(self._run, self.owner._batches()[0]), wanted)
+        for some in portions(found, self.owner.budget):
+            collecting = self._collect(some)
+            for each in some:
+                if collecting.count(each):
+                    yield each, collecting.statistics(each)
+
+    def _collect(self, inputs: list[Input]) -> Collecting:
+        collecting = self._see(inputs)
+        hungry = starved(inputs, collecting)
+        if hungry:
+            self.starved += [module for each in hungry for module in each.modules]
+            with_all = Forced(self.live, hungry)
+            if with_all.possible:
+                with with_all:
+                    collecting.replace(self._see(hungry))
+        return collecting
+
+    def _see(self, inputs: list[Input]) -> Collecting:
+        collecting, batches = Collecting(inputs, self.owner.device), self.owner._batches()
+        for rows in batches:
+            collecting.run(self.live, partial(self._run, rows))
+            self._tick(0.5 / len(batches))
+        return collecting
+
+    def _run(self, rows: slice, seen: Any = None) -> Tensor:
+        hidden = to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
+        return self.live.run(self.owner._call(self.number, rows), hidden, seen)
+
+    def advance(self) -> None:
+        """Compute what leaves the block, with its weights as they are now, and write it for the next one."""
+        if self.number + 1 >= self.owner.chained:
+            return
+        batches = self.owner._batches()
+
+        def parts() -> Iterator[Tensor]:
+            for rows in batches:
+                yield self._run(rows)
+                self._tick(0.5 / len(batches))
+
+        self.owner._write(self.number + 1, parts())
+
+
+def open_calibrator(
+    checkpoint: Checkpoint, calibration: Calibration, rules: Mapping[str, Rule], folder: Path, device: str
+) -> Calibrator:
+    """The calibrator of a run. device: "auto", "cpu" or "cuda".
+
+    Products are made in bfloat16 where the weights have 16 bits and the machine multiplies bfloat16 fast; sums are
+    float32 everywhere.
+    """
+    where = _device(device)
+    graph = Graph(checkpoint, where)
+    text = graph.model.config.get_text_config()
+    tokens = read_tokens(
+        calibration, checkpoint.path, getattr(text, "max_position_embeddings", None), int(text.vocab_size)
+    )
+    torch.set_num_threads(kernels.threads())
+    short = max(info.dtype.itemsize for info in checkpoint.infos.values() if info.dtype.kind in "fV") <= 2
+    fast = where.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Calibrator(graph, tokens, rules, folder, torch.bfloat16 if short and fast else torch.float32)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"device={name!r}: give auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device=cuda: torch sees no GPU here; give cpu, or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _same(one: Call, two: Call) -> bool:
+    """Are two calls given equal tensors beside the hidden states?"""
+    first, second = one.tensors(), two.tensors()
+    return len(first) == len(second) and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def fingerprint(tokens: NDArray[np.int64]) -> str:
+    """SHA-256 of calibration tokens, their shape included."""
+    return hashlib.sha256(str(tokens.shape).encode() + tokens.astype("<i8").tobytes()).hexdigest()

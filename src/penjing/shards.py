@@ -1,0 +1,137 @@
+"""The tensors of one file of the result: read, solved and encoded, with or without calibration."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from .checkpoint import storage
+from .checkpoint.plan import Plan, Shard, scale_dtype
+from .checkpoint.safetensors import Chunks, Tensor
+from .checkpoint.storage import Weight
+from .formats.affine import AffineTensor
+from .methods import Statistics, apply
+from .recipe import Rule
+
+if TYPE_CHECKING:
+    from .calibrate import Calibrator, Tick
+
+Solution = NDArray[Any] | AffineTensor
+
+
+@dataclass
+class Contents:
+    """What a file will hold. zeros: module → weights pruned.  verdicts: module → what calibration found of it."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, plan: Plan, module: str, whole: Solution) -> None:
+        rule = plan.rules[module]
+        if rule.prune is not None:
+            self.zeros[module] = storage.count_zeros(whole)
+        stored = storage.encode(whole, rule.quantize, sparse=plan.is_sparse(module))
+        self.tensors |= {f"{module}.{part}": array for part, array in stored.items()}
+
+
+def solve_shard(plan: Plan, shard: Shard, calibrator: Calibrator | None, tick: Tick) -> Contents:
+    """All tensors of a file. tick: is told the share of the file's bytes that a step of the work stands for."""
+    contents = Contents({name: _copy(plan, name) for name in shard.copies})
+    size = max(1, plan.input_bytes(shard))
+    plainly: list[str] = []
+    for block in shard.blocks:
+        modules = [name.removesuffix(".weight") for name in block.tensors if name.removesuffix(".weight") in plan.rules]
+        if calibrator is None or not calibrator.needed(block.name):
+            plainly += modules
+            continue
+        share = sum(plan.checkpoint.infos[name].nbytes for name in block.tensors) / size
+        _calibrated(plan, contents, block.name, modules, calibrator, _part_of(tick, share))
+    for module, whole in _solved_plainly(plan, plainly):
+        contents.add(plan, module, whole)
+        if apply.needs(plan.rules[module]):
+            contents.verdicts[module] = {"uncalibrated": True, "checksum": storage.checksum(whole)}
+    return contents
+
+
+def _part_of(tick: Tick, share: float) -> Tick:
+    return lambda part: tick(part * share)
+
+
+def _calibrated(
+    plan: Plan, contents: Contents, block: str, modules: list[str], calibrator: Calibrator, tick: Tick
+) -> None:
+    from .calibrate import compress_block
+
+    def solve(rule: Rule, module: str, weight: NDArray[Any], statistics: Statistics) -> Solution:
+        return _solve(plan, rule, module, weight, statistics)
+
+    with calibrator.open(block, tick) as opened:
+        for module, whole, verdict in compress_block(opened, modules, plan.rules, solve):
+            contents.add(plan, module, whole)
+            contents.verdicts[module] = verdict | {"checksum": storage.checksum(whole)}
+        contents.tensors |= {name: opened.get(name) for name in opened.changed if name in contents.tensors}
+        for module in opened.starved:
+            contents.verdicts[module]["starved"] = True
+
+
+def _solved_plainly(plan: Plan, modules: Iterable[str]) -> Iterator[tuple[str, Solution]]:
+    """Modules without statistics, each some rows at a time where its method allows it.
+
+    Those whose methods need data lie outside the blocks (a head, say); they are rounded to nearest.
+    """
+    pieces = [(module, rows) for module in modules for rows in row_ranges(plan, module)]
+    solved = (
+        (piece[0], _solve(plan, _without_data(plan, piece[0]), piece[0], weight, Statistics()))
+        for piece, weight in _read_ahead(plan, pieces)
+    )
+    for module, parts in itertools.groupby(solved, key=lambda item: item[0]):
+        yield module, apply.join([weight for _, weight in parts])
+
+
+def _read_ahead(plan: Plan, pieces: Iterable[tuple[str, slice]]) -> Iterator[tuple[tuple[str, slice], NDArray[Any]]]:
+    """Rows of weights, the next ones being read while the last ones are computed on."""
+    with ThreadPoolExecutor(1, "penjing-read") as reader:
+        waiting: tuple[tuple[str, slice], Future[NDArray[Any]]] | None = None
+        for piece in pieces:
+            ahead = (piece, reader.submit(plan.checkpoint.read_finite, f"{piece[0]}.weight", piece[1]))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = ahead
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def _copy(plan: Plan, name: str) -> Chunks:
+    """A tensor that is written as it is read, in parts."""
+    info = plan.checkpoint.infos[name]
+    ranges = plan.row_ranges(info) if info.shape else (None,)
+    return Chunks(info.dtype, info.shape, (plan.checkpoint.read_finite(name, rows) for rows in ranges))
+
+
+def _solve(plan: Plan, rule: Rule, module: str, rows: NDArray[Any], statistics: Statistics) -> Solution:
+    """What a rule makes of a module's weight, or of some rows of it."""
+    seed = zlib.crc32(module.encode(), plan.recipe.seed & 0xFFFFFFFF)
+    return apply.solve(rule, rows, statistics, scale_dtype=scale_dtype(plan.weight(module)), seed=seed)
+
+
+def solved_again(plan: Plan, module: str) -> Iterator[tuple[slice, Weight]]:
+    """What a module's rows were solved to without data, computed from the original once more."""
+    for rows in row_ranges(plan, module):
+        weight = plan.checkpoint.read_finite(f"{module}.weight", rows)
+        yield rows, _solve(plan, plan.rules[module], module, weight, Statistics())
+
+
+def row_ranges(plan: Plan, module: str) -> Iterator[slice]:
+    return plan.row_ranges(plan.weight(module), apply.by_rows(_without_data(plan, module)))
+
+
+def _without_data(plan: Plan, module: str) -> Rule:
+    rule = plan.rules[module]
+    return apply.plain(rule) if apply.needs(rule) else rule

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from calibrate_models import make, text
-from penjing.checkpoint import open_checkpoint
+from penjing.checkpoint import open_checkpoint, write_safetensors
 from penjing.compress import compress
 from penjing.errors import BadInput, OutOfBudget, PenjingError
 from penjing.formats.affine import AffineTensor
@@ -98,6 +98,41 @@ def test_every_method_that_needs_data_gets_it(settings: dict[str, Any], work: Pa
     assert result.check["modules"] == 21
     if "sparsity" in settings:
         assert result.sparsity == pytest.approx(0.5, abs=0.02)  # few bits round some more to 0
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "qwen3_moe"])
+def test_scales_are_folded_without_changing_the_model(method: str, family: str, tmp_path: Path) -> None:
+    """With 8 bits a row the model is as near to the original as without the transform; transformers computes it."""
+    model = make(tmp_path / "model", family)
+    (tmp_path / "text.txt").write_text(text())
+    rule = {"transform": {"method": method}, "quantize": {"bits": 8, "group_size": -1}}
+    settings = {"calibration": [tmp_path / "text.txt"], "samples": 10, "sequence_length": 24}
+    compress(tmp_path / "model", tmp_path / "out", {"version": 1, "rules": [rule]}, **settings)
+    said = json.loads((tmp_path / "out" / "penjing.json").read_text())["calibration"]
+    saved, source = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "model")
+    norms = [name for name in source.infos if "norm" in name and name in saved.infos]
+    assert sum((saved.read(name) != source.read(name)).any() for name in norms) >= 3
+    # what the experts share with one another and the router is left; so are attention's outputs where heads are grouped
+    assert not any(name in module for module in said["unfolded"] for name in ("q_proj", "down_proj", "query_key_value"))
+    compress(tmp_path / "model", tmp_path / "rounded", bits=8, group_size=-1)
+    folded, rounded = (off_by(model, tmp_path / name) for name in ("out", "rounded"))
+    assert folded < 1.5 * rounded
+
+
+def off_by(model: Any, folder: Path) -> float:
+    """How far the logits of a compressed model's numbers, computed by transformers, are from the original's."""
+    import transformers
+
+    saved, plain = open_checkpoint(folder), folder.with_name(f"{folder.name}-decoded")
+    model.config.save_pretrained(plain)
+    tensors = {name: np.ascontiguousarray(saved.tensor(name), np.float32) for name in saved.names}
+    write_safetensors(plain / "model.safetensors", tensors, {"format": "pt"})
+    other = transformers.AutoModelForCausalLM.from_pretrained(plain).float().eval()
+    with torch.no_grad():
+        ids = torch.arange(3, 40)[None]
+        right, found = model(input_ids=ids).logits, other(input_ids=ids).logits
+    return float((found - right).norm() / right.norm())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_text", "gpt_neox", "bert", "cohere"])

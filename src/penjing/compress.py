@@ -166,8 +166,6 @@ def _open_calibrator(
     """What gives the rules' methods the statistics that they need; None when they need none."""
     if not any(apply.needs(rule) for rule in plan.rules.values()):
         return None
-    if any(rule.transform is not None for rule in plan.rules.values()):
-        raise Unsupported("awq and smoothquant are not folded into checkpoints yet; gptq needs no folding")
     try:
         from .calibrate import Calibration, open_calibrator
     except ModuleNotFoundError as error:
@@ -189,6 +187,7 @@ def _calibration_line(found: Mapping[str, Any]) -> str:
     words = {
         "kept_plain": "were no better than rounded, and are rounded",
         "starved": "of experts that were rarely chosen, which were given all tokens",
+        "unfolded": "whose input nothing makes that a scale could be folded into",
         "uncalibrated": "that nothing came to, and are rounded",
     }
     for flag, what in words.items():

@@ -79,6 +79,8 @@ def _calibrated(
         contents.tensors |= {name: opened.get(name) for name in opened.changed if name in contents.tensors}
         for module in opened.starved:
             contents.verdicts[module]["starved"] = True
+        for module in opened.unfolded:
+            contents.verdicts[module]["unfolded"] = True
 
 
 def _solved_plainly(plan: Plan, modules: Iterable[str]) -> Iterator[tuple[str, Solution]]:

@@ -5,6 +5,7 @@ graph     transformers' model, without memory, and which of the checkpoint's ten
 block     one block with its weights
 products  where the inputs of layers are seen
 inputs    which layers share an input, and its statistics
+folding   where a transform's scales can go, found by trial
 stream    the chain of blocks, and the files between them
 memory    what all that takes at most
 solving   a block compressed on its statistics, and judged

@@ -70,6 +70,11 @@ class LiveBlock:
         high = low + weight.shape[0]
         return tuple(dict.fromkeys(p.name for p in pieces if p.at < high and p.at + p.rows > low))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that the block computes with, row by row."""
+        return tuple(self._places)
+
     def is_live(self, name: str) -> bool:
         """Is a tensor of the checkpoint one that the block computes with, row by row?"""
         return name in self._places

@@ -32,6 +32,8 @@ def compress_block(
         for module in each.modules:
             weight = block.get(f"{module}.weight")
             solved, verdict = _best(rules[module], module, weight, statistics, solve)
+            if module in block.plain_losses:  # of the weight as it was before its transform
+                verdict["plain_loss"] = block.plain_losses[module]
             done[module] = solved
             yield module, solved, verdict
     for module in modules:

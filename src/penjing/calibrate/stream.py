@@ -28,6 +28,7 @@ from ..methods import Statistics, apply
 from ..recipe import Rule
 from .block import LiveBlock, to_numpy
 from .data import Calibration, read_tokens
+from .folding import Folder, scale_for
 from .graph import Call, Graph, to_torch
 from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
 
@@ -52,6 +53,7 @@ class Calibrator:
     ) -> None:
         self.graph, self.checkpoint, self.device = graph, graph.checkpoint, graph.device
         self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
+        self.rules = rules
         self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
         self._calls: dict[int, list[Call]] = {}
@@ -147,7 +149,9 @@ class OpenBlock:
         self.owner, self.live, self.number = owner, live, number
         self._hidden, self._tick = hidden, tick
         self.starved: list[str] = []
-        self.changed: set[str] = set()  # tensors that no rule is for, and that are others now
+        self.changed: set[str] = set()  # tensors that a transform changed
+        self.unfolded: list[str] = []
+        self.plain_losses: dict[str, float] = {}
 
     def get(self, name: str) -> NDArray[Any]:
         """A tensor of the checkpoint as the block has it now; as it is stored where the block does not have it."""
@@ -166,11 +170,38 @@ class OpenBlock:
         if not wanted:
             return
         found = find_inputs(self.live, partial(self._run, self.owner._batches()[0]), wanted)
+        self._transform(found)
         for some in portions(found, self.owner.budget):
             collecting = self._collect(some)
             for each in some:
                 if collecting.count(each):
                     yield each, collecting.statistics(each)
+
+    def _transform(self, inputs: list[Input]) -> None:
+        """Fold the scales of the rules' transforms into the block; what is collected later is of the new inputs."""
+        asked = [each for each in inputs if any(self.owner.rules[module].transform for module in each.modules)]
+        first = self.owner._batches()[0]
+        hidden = to_torch(self._hidden.read("hidden", first)).to(self.owner.device, torch.float32)
+        folder = Folder(self.live, lambda: self._run(first) - hidden)
+        for some in portions(asked, self.owner.budget):
+            collecting = self._collect(some)
+            for each in some:
+                if not collecting.count(each):
+                    continue
+                statistics = collecting.statistics(each)
+                scale = scale_for(self.live, each, statistics, self.owner.rules)
+                place = None if scale is None else folder.find(each)
+                if scale is None or place is None:
+                    self.unfolded += each.modules
+                    continue
+                if "hessian" in statistics:
+                    for module in each.modules:
+                        weight, rule = self.get(f"{module}.weight"), apply.plain(self.owner.rules[module])
+                        solved = apply.solve(rule, weight, Statistics(), scale_dtype="float32", seed=0)
+                        self.plain_losses[module] = apply.judge(weight, solved, statistics, rule)["loss"]
+                folder.fold(each, place, scale)
+        self.starved.clear()
+        self.changed |= folder.changed
 
     def _collect(self, inputs: list[Input]) -> Collecting:
         collecting = self._see(inputs)

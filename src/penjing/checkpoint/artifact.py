@@ -148,12 +148,13 @@ def calibration(identity: Mapping[str, Any], verdicts: Mapping[str, dict[str, An
 
     layers: module → ``loss`` and ``plain_loss``, shares of the layer's output that are lost, and by rounding alone.
     kept_plain: layers where rounding was better, and stayed.  starved: experts that were given all tokens because the
-    router chose them too rarely.  uncalibrated: layers that nothing came to, rounded plainly.
+    router chose them too rarely.  uncalibrated: layers that nothing came to, rounded plainly.  unfolded: layers whose
+    transform has no place to go to.
     """
     if not verdicts:
         return None
     numbers = ("loss", "plain_loss", "damping")
-    flags = ("kept_plain", "starved", "uncalibrated")
+    flags = ("kept_plain", "starved", "uncalibrated", "unfolded")
     return {
         **identity["calibration"],
         "layers": {m: {name: its[name] for name in numbers if name in its} for m, its in sorted(verdicts.items())},

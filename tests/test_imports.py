@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "__init__": {"*"},
     "__main__": {"cli"},
 }
-USES_TORCH = {"calibrate", "modules"}
+# Parts that use torch; the last is loaded for a model that needs it and for no other.
+USES_TORCH = ("calibrate", "modules", "models/foreign")
 
 
 def imports_of(file: Path) -> list[tuple[str, str]]:
@@ -72,11 +73,26 @@ def test_imports_go_one_way() -> None:
         allowed = MAY_IMPORT[part] | {"errors", "recipe", "__version__", part, ""}
         for top, target in imports_of(file):
             where = file.relative_to(PACKAGE)
+            uses_torch = any(where.is_relative_to(each) for each in USES_TORCH)
             if top == "penjing" and "*" not in allowed and target not in allowed:
                 wrong.append(f"{where} imports {target}")
-            if top in {"torch", "transformers"} and part not in USES_TORCH:
+            if top in {"torch", "transformers"} and not uses_torch:
                 wrong.append(f"{where} imports {top}")
     assert not wrong, wrong
+
+
+def test_the_serving_side_loads_no_torch() -> None:
+    """Not even lazily, for a model that has a description."""
+    novelist = PACKAGE.parents[1] / "examples" / "novelist"
+    code = (
+        "import sys, penjing.serve.server, penjing.engine.process, penjing.engine.bench\n"
+        "import penjing.evaluate, penjing.compress\n"
+        "from penjing import models\n"
+        f"models.load_any({str(novelist)!r}), models.texts({str(novelist)!r})\n"
+        "print([m for m in ('torch', 'transformers', 'penjing.models.foreign') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
 
 
 def test_import_penjing_brings_neither_torch_nor_numpy() -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,11 @@ from .errors import BadInput, PenjingError
 from .models.tokenizer import Tokenizer
 from .stats import paired_change
 
+if TYPE_CHECKING:
+    from .models.foreign.texts import GraphTexts
+
+Texts: TypeAlias = "models.Stream | GraphTexts"
+Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 Interval: TypeAlias = tuple[float, float]
 # How far the work is: (done, all of it), in blocks; called from the thread that evaluates.
 Progress: TypeAlias = Callable[[float, float], None]
@@ -107,7 +112,7 @@ def evaluate(
     different vocabularies, and PenjingError if a loss is not finite.
     """
     began = time.monotonic()
-    streams = [models.stream(folder) for folder in ([model] if against is None else [model, against])]
+    streams = [models.texts(folder) for folder in ([model] if against is None else [model, against])]
     models.use_threads(threads)
     stride = context_length if stride is None else stride
     _check_settings(streams, context_length, stride, max_tokens)
@@ -116,7 +121,7 @@ def evaluate(
     windows = [window for document in documents for window in cut(document, context_length, stride)]
     if not windows:
         raise BadInput(f"{_name(data)}: the text is {sum(map(len, documents))} tokens; at least 2 are needed")
-    total = len(windows) * sum(stream.config.layers + 1 for stream in streams)
+    total = len(windows) * sum(_steps(stream) for stream in streams)
     scores = _measure(streams, windows, _Counter(progress or _ignore, total))
     return Evaluation(
         **_summary(scores, windows),
@@ -126,6 +131,11 @@ def evaluate(
         seconds=time.monotonic() - began,
         peak_rss_bytes=hardware.peak_memory_bytes(),
     )
+
+
+def _steps(stream: Texts) -> int:
+    """Of a window through a model: its blocks, if they go one after the other, and the logits."""
+    return stream.config.layers + 1 if isinstance(stream, models.Stream) else 1
 
 
 def _ignore(done: float, total: float) -> None:
@@ -147,7 +157,7 @@ def _name(data: str | Path | Sequence[str]) -> str:
     return str(data) if isinstance(data, (str, Path)) else "data"
 
 
-def _check_settings(streams: Sequence[models.Stream], length: int, stride: int, max_tokens: int | None) -> None:
+def _check_settings(streams: Sequence[Texts], length: int, stride: int, max_tokens: int | None) -> None:
     for stream in streams:
         if not 2 <= length <= stream.config.max_position:
             raise BadInput(
@@ -193,7 +203,7 @@ def _text_of(line: str, where: str) -> str:
     return str(value["text"])
 
 
-def _tokens(streams: Sequence[models.Stream], texts: Sequence[str], limit: int | None) -> list[NDArray[np.int64]]:
+def _tokens(streams: Sequence[Texts], texts: Sequence[str], limit: int | None) -> list[NDArray[np.int64]]:
     """Token ids of each text, the first ``limit`` of all; every model must read the text as the same tokens."""
     read = [[Tokenizer(stream.checkpoint.path).encode(text) for text in texts] for stream in streams]
     if any(ids != read[0] for ids in read):
@@ -235,27 +245,31 @@ class _Scores:
     agree: NDArray[np.float64]
 
 
-def _measure(streams: Sequence[models.Stream], windows: Sequence[Window], counter: _Counter) -> _Scores:
+def _measure(streams: Sequence[Texts], windows: Sequence[Window], counter: _Counter) -> _Scores:
     """The last block's output of each model in turn, then the logits of all side by side, some rows at a time."""
     with tempfile.TemporaryDirectory(prefix="penjing-") as spill:
-        hidden = [_hidden(stream, windows, Path(spill) / str(number), counter) for number, stream in enumerate(streams)]
-        heads = [stream.head() for stream in streams]
+        ways = [_logits(stream, windows, Path(spill) / str(number), counter) for number, stream in enumerate(streams)]
         rows, targets = _targets(windows)
         losses = np.empty((len(streams), len(rows)))
         kl, agree = np.zeros(len(rows)), np.zeros(len(rows))
         step = max(1, LOGITS // streams[0].config.vocab_size)
         for low in range(0, len(rows), step):
             part = slice(low, low + step)
-            logs = [
-                log_softmax(stream.logits(x[rows[part]], *head))
-                for stream, x, head in zip(streams, hidden, heads, strict=True)
-            ]
+            logs = [log_softmax(logits(rows[part])) for logits in ways]
             for number, log in enumerate(logs):
                 losses[number, part] = -log[np.arange(len(log)), targets[part]]
             if len(logs) == 2:
                 kl[part], agree[part] = _compare(logs[1], logs[0])
             counter.add(len(streams) * len(windows) * len(logs[0]) / len(rows))
     return _Scores(losses, kl, agree)
+
+
+def _logits(stream: Texts, windows: Sequence[Window], spill: Path, counter: _Counter) -> Logits:
+    """What makes logits (n, vocabulary) of rows of all windows' tokens, in ascending order."""
+    if not isinstance(stream, models.Stream):
+        return stream.reader([window.tokens for window in windows])
+    x, head = _hidden(stream, windows, spill, counter), stream.head()
+    return lambda rows: stream.logits(x[rows], *head)
 
 
 def _hidden(stream: models.Stream, windows: Sequence[Window], spill: Path, counter: _Counter) -> NDArray[np.float32]:

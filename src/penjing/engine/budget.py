@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import BadInput, OutOfBudget, Unsupported
 from ..hardware import memory_available_bytes, memory_limit_bytes
 from ..kernels import KvPool
-from ..models import ModelConfig
+from ..models import ModelConfig, Outline
 from ..models.step import StepModel
 from .blocks import BLOCK, blocks_for
 from .messages import Load
@@ -44,8 +44,10 @@ class Sizes:
         return cls(model.weights_bytes, model.block_bytes(kv_type), model.state_bytes, step)
 
     @classmethod
-    def expected(cls, config: ModelConfig, load: Load, stored: int, kv_type: str) -> Sizes:
+    def expected(cls, config: ModelConfig | Outline, load: Load, stored: int, kv_type: str) -> Sizes:
         """Before anything is read: no more than what `of` will say."""
+        if isinstance(config, Outline):  # what else a graph takes shows when it is there
+            return cls(stored, 0, 0, 0)
         layers = [(each.kv_heads, each.key_dim, each.value_dim) for each in config.kv_layers if each is not None]
         step = FLOAT * load.max_num_batched_tokens * config.hidden
         return cls(stored, KvPool.block_bytes(layers, kv_type), config.state_bytes, step)
@@ -87,7 +89,7 @@ def check_weights(stored_bytes: int, budget: int) -> None:
         )
 
 
-def limits(load: Load, config: ModelConfig, sizes: Sizes, budget: int) -> tuple[Limits, Ledger]:
+def limits(load: Load, config: ModelConfig | Outline, sizes: Sizes, budget: int) -> tuple[Limits, Ledger]:
     """What the engine may use, so that everything together stays within the budget.
 
     Without max_model_len in ``load`` it is the model's own, or as much of it as one sequence has memory for.

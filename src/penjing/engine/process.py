@@ -20,8 +20,8 @@ import msgspec
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadInput, PenjingError, Unsupported, nearest
 from ..kernels import KV_TYPES
+from ..models import ModelConfig, Outline, load_any, read_any
 from ..models import load as load_model
-from ..models import read_config
 from ..models.step import StepModel
 from . import budget
 from .budget import Sizes
@@ -74,14 +74,18 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     """An engine with its model in memory, within its budget; raises PenjingError with the reason if that cannot be."""
     start = time.monotonic()
     total = settings.memory_budget or budget.default_budget()
-    kv_type = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-    if kv_type not in KV_TYPES:
-        raise BadInput(f"kv_cache_dtype={kv_type!r}; {nearest(kv_type, ('auto', *KV_TYPES))}")
+    if settings.kv_cache_dtype not in ("auto", *KV_TYPES):
+        raise BadInput(
+            f"kv_cache_dtype={settings.kv_cache_dtype!r}; {nearest(settings.kv_cache_dtype, ('auto', *KV_TYPES))}"
+        )
     checkpoint = open_checkpoint(settings.folder)
-    config = read_config(checkpoint)
+    config = read_any(checkpoint)
+    if isinstance(config, Outline):
+        settings = _for_graph(settings, config)
+    kv_type = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     stored = stored_bytes(checkpoint)
     drafts = open_checkpoint(settings.speculative) if settings.speculative not in (None, "prompt") else None
-    if settings.speculative and config.state_bytes:
+    if settings.speculative and isinstance(config, ModelConfig) and config.state_bytes:
         raise Unsupported(
             f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
             "leave --speculative away"
@@ -89,14 +93,15 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     budget.check_weights(stored + (stored_bytes(drafts) if drafts else 0), total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
-    model = load_model(checkpoint, threads=settings.threads, length=settings.max_model_len, cache=settings.weight_cache)
+    model = load_any(checkpoint, threads=settings.threads, length=settings.max_model_len, cache=settings.weight_cache)
     sizes = Sizes.of(model, settings, kv_type)
     draft = load_model(drafts, length=settings.max_model_len, cache=settings.weight_cache) if drafts else None
     if draft is not None:
         sizes += Sizes.of(draft, settings, kv_type)
-    limits, _ = budget.limits(settings, config, sizes, total)
-    for each in filter(None, (model, draft)):
-        each.reserve(limits.blocks, kv_type, limits.max_num_seqs)
+    limits, _ = budget.limits(settings, model.config, sizes, total)
+    for each in (model, draft):
+        if each is not None:
+            each.reserve(limits.blocks, kv_type, limits.max_num_seqs)
     ready = Ready(
         max_model_len=limits.max_model_len,
         weights_bytes=sizes.weights,
@@ -108,6 +113,21 @@ def load(settings: Load) -> tuple[Engine, Ready]:
         from_cache=model.from_cache,
     )
     return Engine(model, limits, speculation=_speculation(settings, limits, model, draft)), ready
+
+
+def _for_graph(settings: Load, outline: Outline) -> Load:
+    """What suits a model that transformers computes, which has no cache blocks to share or to store in another type."""
+    for name, value, right in (
+        ("kv_cache_dtype", settings.kv_cache_dtype, ("auto", "float32")),
+        ("speculative", settings.speculative, (None,)),
+        ("enable_prefix_caching", settings.enable_prefix_caching, (None, False)),
+    ):
+        if value not in right:
+            raise Unsupported(
+                f"{settings.folder}: {name}={value}: model_type = {outline.family!r} has no description, and"
+                " transformers' graph keeps a float32 cache for each sequence alone; leave this option away"
+            )
+    return msgspec.structs.replace(settings, kv_cache_dtype="float32", enable_prefix_caching=False)
 
 
 def _speculation(settings: Load, limits: Limits, model: StepModel, draft: StepModel | None) -> Speculation | None:

@@ -17,7 +17,7 @@ from ..checkpoint import open_checkpoint
 from ..engine.blocks import BLOCK
 from ..engine.messages import Load
 from ..errors import PenjingError
-from ..models import read_config
+from ..models import read_any
 from ..models.tokenizer import Tokenizer
 from .app import create_app
 from .prompts import Prompts
@@ -78,7 +78,7 @@ def serve(
         chat_template=Path(chat_template) if chat_template is not None else None,
     )
     checkpoint = open_checkpoint(settings.load.folder)
-    config = read_config(checkpoint)
+    config = read_any(checkpoint)
     checkpoint.close()
     prompts = Prompts(Tokenizer(settings.load.folder), config.bos_token_id, settings.chat_template)
     service = Service(settings, prompts, config)

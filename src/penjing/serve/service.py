@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..engine.client import EngineProcess, Generation
 from ..engine.messages import Load, Request, SamplingParams
-from ..models import ModelConfig
+from ..models import ModelConfig, Outline
 from ..models.step import Logprobs
 from .errors import APIError, bad_request, context_length_exceeded, model_not_found, overloaded, unavailable
 from .metrics import Metrics, Watch
@@ -64,7 +64,7 @@ class Job:
 
 
 class Service:
-    def __init__(self, settings: Settings, prompts: Prompts, config: ModelConfig) -> None:
+    def __init__(self, settings: Settings, prompts: Prompts, config: ModelConfig | Outline) -> None:
         self.settings = settings
         self.prompts = prompts
         self.config = config

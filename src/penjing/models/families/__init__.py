@@ -54,6 +54,14 @@ _STEMS = ("model.", "model.language_model.", "language_model.model.", "language_
 _HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
 
 
+def is_described(values: Mapping[str, Any]) -> bool:
+    """Is there a description, or must there be one? Models that see and read run by theirs or not at all."""
+    family = values.get("model_type")
+    return values.get("text_config") is not None or (
+        not isinstance(family, str) or family.removesuffix("_text") in FAMILIES
+    )
+
+
 def describe(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The description of the model whose ``config.json`` says ``values``; ``where`` is that file, for errors.
 
@@ -67,8 +75,7 @@ def describe(values: Mapping[str, Any], where: str) -> ModelConfig:
     name = family.removesuffix("_text")
     if name not in FAMILIES:
         raise Unsupported(
-            f"{where}: model_type = {family!r} is not a family that Penjing computes, though it can be compressed;"
-            f" {nearest(name, FAMILIES)}"
+            f"{where}: model_type = {family!r} is not a family with a description; {nearest(name, FAMILIES)}"
         )
     config: ModelConfig = importlib.import_module(f".{name}", __name__).read(values, where)
     return config

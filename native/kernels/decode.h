@@ -228,8 +228,9 @@ struct Decoder {
     }
   }
 
-  // The numbers in columns [column, column + columns), [column][16]; to be called in order.
-  void values(int64_t column, int64_t columns, float *out) {
+  // The numbers in columns [column, column + columns), [column][16]; to be called in order. Never inlined: many call
+  // it, and every copy is large.
+  __attribute__((noinline)) void values(int64_t column, int64_t columns, float *out) {
     for (int64_t k = 0; k < columns; k += 16, out += 16 * lanes) {
       start_group((column + k) / group_size);
       block([&](auto c, F16 v)

@@ -6,13 +6,18 @@ namespace penjing::PENJING_ISA {
 namespace {
 
 #if defined(__AVX512VNNI__)
+constexpr bool lookup_is_fast = true;         // sixteen bytes or more of a table in one instruction
 constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
+constexpr int few_rows = group_few / 2;       // weights are unpacked once for so many, into registers
 #elif defined(__AVX2__)
+constexpr bool lookup_is_fast = true;
 constexpr int tile_rows = 2, tile_panels = 2;
+constexpr int few_rows = group_few / 2;
 #else
+constexpr bool lookup_is_fast = false;
 constexpr int tile_rows = 2, tile_panels = 1;
+constexpr int few_rows = 2; // a sum takes four registers here; code for more rows is large, and no faster
 #endif
-constexpr int few_rows = group_few / 2;  // weights are unpacked once for so many, into registers
 constexpr int64_t chunk = group_columns; // quads unpacked at once: with four panels 32 KiB, in the first-level cache
 
 // Bytes ahead that are asked for. The steps of a sparse stream vary, and the processor's own prefetch loses it: one
@@ -300,14 +305,14 @@ void many(const GroupProduct &p, int64_t index, int64_t row_begin, int64_t row_e
 
 template <GroupCode code>
 void product(const GroupProduct &p, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end, uint8_t *scratch) {
-  if (const int64_t rows = row_end - row; rows <= (Panel<code>::sparse ? few_rows : group_few)) {
-    // Halves: the second finds the panel in the cache. To expand a sparse one twice costs more than a tile.
-    const int64_t first = rows <= few_rows ? rows : (rows + 1) / 2;
-    for (; panel < panel_end; ++panel) {
-      few_of<code>(p, panel, row, first);
-      if (rows > first)
-        few_of<code>(p, panel, row + first, rows - first);
-    }
+  constexpr bool unpack_once = Panel<code>::sparse || (code == GroupCode::mxfp4 && !lookup_is_fast);
+  if (const int64_t rows = row_end - row; rows <= (unpack_once ? few_rows : group_few)) {
+    // Equal parts: all but the first find the panel in the cache. To expand a sparse one twice, or to look up every
+    // byte twice where there are no shuffles, costs more than a tile.
+    const int64_t parts = (rows + few_rows - 1) / few_rows, most = (rows + parts - 1) / parts;
+    for (; panel < panel_end; ++panel)
+      for (int64_t at = row; at < row_end; at += most)
+        few_of<code>(p, panel, at, row_end - at < most ? row_end - at : most);
     return;
   }
   for (; panel + tile_panels <= panel_end; panel += tile_panels)

@@ -301,7 +301,7 @@ def _files(plan: Plan) -> list[str]:
     """Every name that a run writes into the folder."""
     shards = [shard.name for shard in plan.shards]
     index = [INDEX] if len(shards) > 1 else []
-    return [*shards, *index, *(file.name for file in plan.checkpoint.side_files()), ARTIFACT, CONFIG]
+    return [*shards, *index, *plan.checkpoint.side_files, ARTIFACT, CONFIG]
 
 
 def _result(

@@ -351,6 +351,8 @@ def _quietly() -> Iterator[None]:
 def _empty(checkpoint: Checkpoint) -> Any:
     """The graph, its parameters without memory, its buffers computed. Code from the folder never runs."""
     where, family = checkpoint.path, checkpoint.config.get("model_type")
+    if not where.is_dir():
+        raise Unsupported(f"{where}: calibration needs a model's folder; rtn and hqq, l1, l2 and random need no data")
     if family not in transformers.CONFIG_MAPPING:
         raise Unsupported(
             f"{where}: model_type = {family!r}: transformers {transformers.__version__} does not know this family, and"

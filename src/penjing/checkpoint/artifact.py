@@ -91,9 +91,12 @@ def write_index(output: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
 
 def copy_side_files(checkpoint: Checkpoint, output: Path) -> None:
     """Tokenizer, generation settings and the like, each put in place whole."""
-    for file in checkpoint.side_files():
-        with replacing(output / file.name) as temporary:
-            shutil.copyfile(file, temporary)
+    for name, content in checkpoint.side_files.items():
+        with replacing(output / name) as temporary:
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary)
+            else:
+                temporary.write_bytes(content)
     sync_folder(output)
 
 
@@ -132,7 +135,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
         "weights": weights,
         "digest": digest_of({name: entry["sha256"] for name, entry in weights.items()}),
         "size_bytes": size,
-        "original_size_bytes": sum((plan.checkpoint.path / n).stat().st_size for n in plan.checkpoint.weight_files),
+        "original_size_bytes": plan.checkpoint.size_bytes,
         "parameters": parameters,
         "bits_per_weight": 8 * sum(nbytes for _, nbytes in sizes) / parameters,
         "target_bits_per_weight": 8 * stored / targeted,

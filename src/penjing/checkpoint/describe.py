@@ -12,6 +12,7 @@ from ..errors import BadInput
 from .atomic import read_json
 from .blocks import order_blocks
 from .folder import Checkpoint, is_part, module_of, open_checkpoint
+from .gguf import GgufCheckpoint
 
 # The first role with a word that a tensor's name has.
 _ROLES = (
@@ -85,7 +86,7 @@ def describe(path: str | Path) -> Summary:
         family=str(checkpoint.config.get("model_type", "unknown")),
         parameters=parameters,
         layers=layers if isinstance(layers, int) else sum(b.is_layer for b in order_blocks(checkpoint.names)),
-        size_bytes=sum((checkpoint.path / file).stat().st_size for file in checkpoint.weight_files),
+        size_bytes=checkpoint.size_bytes,
         bits_per_weight=8 * stored / max(parameters, 1),
         sparsity=_sparsity(checkpoint),
         format=_format(checkpoint),
@@ -126,6 +127,8 @@ def _format(checkpoint: Checkpoint) -> str:
     """Number formats of the weights: ``bfloat16``, ``int4 g128``, ``int8 bitmask``, ``mxfp4``, joined by commas."""
     plain = [info for name, info in checkpoint.infos.items() if name.endswith(".weight") and len(info.shape) == 2]
     compressed = sorted({module_of(name) for name in checkpoint.infos if is_part(name)})
+    if isinstance(checkpoint, GgufCheckpoint):
+        return ", ".join(f"GGUF {kind}" for kind in checkpoint.kinds)
     found = set()
     for module in compressed:
         words = []

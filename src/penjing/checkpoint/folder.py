@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -129,12 +129,32 @@ class Checkpoint:
             f"{self.path}: {module} is stored quantized, but no group of {CONFIG}'s quantization_config targets it"
         )
 
-    def side_files(self) -> Iterator[Path]:
-        """The files that go with the weights: tokenizer, generation settings, templates, licence; no code."""
+    @property
+    def weight_paths(self) -> list[Path]:
+        return [self.path / name for name in self.weight_files]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all weight files."""
+        return sum(path.stat().st_size for path in self.weight_paths)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of the weights should know: where they are not computed on exactly as they are stored."""
+        return ()
+
+    @cached_property
+    def side_files(self) -> Mapping[str, bytes | Path]:
+        """What goes with the weights: tokenizer, generation settings, templates, licence; no code.
+
+        Name → the file, or what would be in it.
+        """
+        found = {}
         for file in sorted(self.path.iterdir()):
             ours = file.name in (CONFIG, "penjing.json") or file.name.endswith(".index.json")
             if file.is_file() and not ours and any(file.match(pattern) for pattern in _SIDE_FILES):
-                yield file
+                found[file.name] = file
+        return found
 
 
 def is_part(stored_name: str) -> bool:
@@ -151,14 +171,18 @@ def module_of(name: str) -> str:
 
 
 def open_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> Checkpoint:
-    """Open a checkpoint folder; ``config`` stands in for a config.json that is not written yet.
+    """Open a checkpoint folder or a GGUF file; ``config`` stands in for a config.json that is not written yet.
 
     Raises BadCheckpoint when a file is missing, damaged or contradicts another, Unsupported for weights in a format
     that Penjing does not read.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from .gguf import GgufCheckpoint  # which is a checkpoint, as here
+
+        return GgufCheckpoint(folder)
     if not folder.is_dir():
-        what = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
+        what = "is a file; give the folder that holds it, or a .gguf" if folder.exists() else "there is no such folder"
         raise BadCheckpoint(f"{folder}: {what}")
     if config is None:
         config = _read_config(folder)

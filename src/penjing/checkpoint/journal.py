@@ -27,11 +27,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     The whole of a large model is not read for it: two models that differ only between the samples look the same.
     """
-    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes())
-    for name in checkpoint.weight_files:
-        path = checkpoint.path / name
+    digest = hashlib.sha256((checkpoint.path / CONFIG).read_bytes() if checkpoint.path.is_dir() else b"")
+    for path in checkpoint.weight_paths:
         size = path.stat().st_size
-        digest.update(f"\n{name} {size}\n".encode())
+        digest.update(f"\n{path.name} {size}\n".encode())
         with open(path, "rb") as file:
             for sample in range(_SAMPLES):
                 file.seek(max(0, (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)))

@@ -12,6 +12,18 @@ WEIGHT_CACHE: bool = typer.Option(
 )
 
 
+def say_notes(model: str) -> None:
+    """On standard error: where the weights are not computed on exactly as they are stored."""
+    import sys
+
+    from ..checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    for note in checkpoint.notes:
+        print(f"penjing: {note}", file=sys.stderr)
+    checkpoint.close()
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[float, float], None]]:
     """A bar with the time left on standard error, for as long as the context lasts: call it with (done, all).

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),
     runs: int = typer.Option(5, min=1, help="Runs of each measurement; the median counts."),
     decode_tokens: int = typer.Option(64, min=2, help="Tokens that each stream writes."),
@@ -31,8 +31,9 @@ def bench(
     import json
 
     from ..engine.bench import bench as measure
-    from ._common import progress_bar
+    from ._common import progress_bar, say_notes
 
+    say_notes(model)
     with progress_bar("measuring") as progress:
         result = measure(
             model,

@@ -19,7 +19,7 @@ HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C interrupts an ans
 
 
 def chat(
-    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     system: str | None = typer.Option(None, help="What the model is told before the conversation."),
     temperature: float = typer.Option(0.7, min=0, max=2, help="0 for the likeliest answer."),
     top_p: float = typer.Option(0.95, min=0, max=1),
@@ -47,7 +47,7 @@ def chat(
     from ..engine.process import load
     from ..models.tokenizer import Tokenizer
     from ..serve.prompts import Prompts
-    from ._common import parse_size
+    from ._common import parse_size, say_notes
 
     settings = Load(
         folder=model,
@@ -59,6 +59,7 @@ def chat(
         threads=threads,
         weight_cache=weight_cache,
     )
+    say_notes(model)
     engine, _ = load(settings)
     bos = engine.model.config.bos_token_id
     prompts = Prompts(Tokenizer(model), bos, Path(chat_template) if chat_template else None)

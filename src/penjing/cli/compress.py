@@ -50,7 +50,7 @@ def compress(
     import sys
 
     from ..compress import compress as run
-    from ._common import parse_size, progress_bar
+    from ._common import parse_size, progress_bar, say_notes
 
     if sparse_storage == "bitmask":
         print(
@@ -58,6 +58,7 @@ def compress(
             " penjing export --format compressed-tensors makes the form that everything reads",
             file=sys.stderr,
         )
+    say_notes(model)
     with progress_bar("compressing") as progress:
         result = run(
             model,

@@ -6,7 +6,7 @@ import typer
 
 
 def evaluate(
-    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     data: str = typer.Option(..., help="Held-out text: a .txt file, or .jsonl with a text in 'text' of each line."),
     against: str | None = typer.Option(None, metavar="BASE", help="The model that MODEL was made from."),
     context_length: int = typer.Option(512, help="Tokens in a window."),
@@ -22,8 +22,9 @@ def evaluate(
     import json
 
     from ..evaluate import evaluate as measure
-    from ._common import progress_bar
+    from ._common import progress_bar, say_notes
 
+    say_notes(model)
     with progress_bar("evaluating") as progress:
         result = measure(
             model,

@@ -6,7 +6,7 @@ import typer
 
 
 def inspect(
-    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     json_output: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
     """Family, parameters, sizes by role, how it is compressed. Reads config.json and headers, no weights.
@@ -17,6 +17,8 @@ def inspect(
     import json
 
     from ..checkpoint.describe import describe
+    from ._common import say_notes
 
+    say_notes(model)
     summary = describe(model)
     print(json.dumps(dataclasses.asdict(summary)) if json_output else summary)

@@ -10,7 +10,7 @@ from ._common import WEIGHT_CACHE
 
 
 def serve(
-    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not."),
+    model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of them."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 for a free one."),
     api_key: Annotated[
@@ -52,12 +52,13 @@ def serve(
 
     from ..errors import BadInput
     from ..serve.server import serve as run
-    from ._common import parse_size
+    from ._common import parse_size, say_notes
 
     if scheduling_policy not in ("fcfs", "priority"):
         raise BadInput(f"--scheduling-policy={scheduling_policy!r}: give fcfs or priority")
     logging.basicConfig(level=logging.WARNING, format="penjing: %(message)s")
     logging.getLogger("penjing").setLevel(logging.INFO)
+    say_notes(model)
     run(
         model,
         host=host,

@@ -17,7 +17,7 @@ import time
 
 import msgspec
 
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import open_checkpoint
 from ..errors import BadInput, PenjingError, Unsupported, nearest
 from ..kernels import KV_TYPES
 from ..models import ModelConfig, Outline, load_any, read_any
@@ -83,14 +83,14 @@ def load(settings: Load) -> tuple[Engine, Ready]:
     if isinstance(config, Outline):
         settings = _for_graph(settings, config)
     kv_type = "float16" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-    stored = stored_bytes(checkpoint)
+    stored = checkpoint.size_bytes
     drafts = open_checkpoint(settings.speculative) if settings.speculative not in (None, "prompt") else None
     if settings.speculative and isinstance(config, ModelConfig) and config.state_bytes:
         raise Unsupported(
             f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
             "leave --speculative away"
         )
-    budget.check_weights(stored + (stored_bytes(drafts) if drafts else 0), total)
+    budget.check_weights(stored + (drafts.size_bytes if drafts else 0), total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
     model = load_any(checkpoint, threads=settings.threads, length=settings.max_model_len, cache=settings.weight_cache)
@@ -137,10 +137,6 @@ def _speculation(settings: Load, limits: Limits, model: StepModel, draft: StepMo
     if draft is not None:
         guesser = Draft(draft, model, limits.max_model_len, limits.max_num_batched_tokens)
     return Speculation(guesser, settings.num_speculative_tokens)
-
-
-def stored_bytes(checkpoint: Checkpoint) -> int:
-    return sum((checkpoint.path / name).stat().st_size for name in checkpoint.weight_files)
 
 
 def serve(pipe: Pipe) -> None:

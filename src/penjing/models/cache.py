@@ -211,7 +211,7 @@ def read_index(file: int) -> Index:
 
 def weight_cache(checkpoint: Checkpoint, activations: str) -> WeightCache | None:
     """The cache of a checkpoint; None for small ones, and where there is no place."""
-    files = [(checkpoint.path / name).stat() for name in checkpoint.weight_files]
+    files = [path.stat() for path in checkpoint.weight_paths]
     total = sum(file.st_size for file in files)
     if total < SMALLEST:
         return None

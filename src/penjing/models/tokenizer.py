@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ..checkpoint.gguf import GgufFile
+from ..checkpoint.gguf.tokenizer import read_tokenizer
 from ..errors import BadCheckpoint, BadInput
 from .chat import ChatTemplate, read_template
 from .reader import read_object
 
+_CONFIG = "tokenizer_config.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder; raises BadCheckpoint where it is missing or damaged.
+    """The tokenizer of a model folder or a GGUF file; raises BadCheckpoint where it is missing or damaged.
 
     What is put at the ends of a text (a beginning-of-text token, say) is what ``tokenizer.json`` has as its
     post-processor; ``add_bos_token`` of tokenizer_config.json is not read, as in transformers 5.
@@ -26,11 +30,16 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        self.config = read_object(folder / "tokenizer_config.json")
+        within = _of_gguf(folder)
+        self.config = json.loads(within["tokenizer_config.json"]) if within else read_object(folder / _CONFIG)
         try:
-            self.backend = Backend.from_file(str(folder / "tokenizer.json"))
+            self.backend = (
+                Backend.from_str(within["tokenizer.json"])
+                if within
+                else Backend.from_file(str(folder / "tokenizer.json"))
+            )
         except Exception as error:  # the library raises plain Exception for every fault
-            reason = error if (folder / "tokenizer.json").exists() else "no such file"
+            reason = error if within or (folder / "tokenizer.json").exists() else "no such file"
             raise BadCheckpoint(f"{folder}/tokenizer.json: {reason}; a tokenizers-format file is needed") from None
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -67,6 +76,14 @@ class Tokenizer:
         return self.chat_template.render(
             messages, {"add_generation_prompt": add_generation_prompt, **self.special_tokens, **variables}
         )
+
+
+def _of_gguf(path: Path) -> dict[str, str]:
+    """The files that a GGUF file's tokenizer would be; none for a folder."""
+    if path.suffix != ".gguf" or not path.is_file():
+        return {}
+    with GgufFile(path) as file:
+        return read_tokenizer(file)
 
 
 class Detokenizer:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint import open_checkpoint
 from ..engine.client import EngineProcess, Generation
 from ..engine.messages import Load, Request, SamplingParams
 from ..models import ModelConfig, Outline
@@ -232,6 +233,8 @@ def _fingerprint(folder: str) -> str:
     """The same for the same weights on the same version of Penjing."""
     from .. import __version__
 
-    sizes = sorted((file.name, file.stat().st_size) for file in Path(folder).glob("*.safetensors"))
-    config = (Path(folder) / "config.json").read_text(encoding="utf-8")
+    checkpoint = open_checkpoint(folder)
+    sizes = sorted((path.name, path.stat().st_size) for path in checkpoint.weight_paths)
+    config = json.dumps(checkpoint.config)
+    checkpoint.close()
     return "fp_" + hashlib.sha256(json.dumps([__version__, sizes, config]).encode()).hexdigest()[:12]

@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "shards",
         "verify",
     },
+    "export": {"checkpoint", "formats", "models"},
     "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},
     "serve": {"checkpoint", "engine", "hardware", "models"},
     "cli": {"*"},

@@ -18,6 +18,7 @@ _VERBS = {
     "bench": "penjing.engine.bench",
     "compress": "penjing.compress",
     "evaluate": "penjing.evaluate",
+    "export": "penjing.export",
     "load": "penjing.modules",
     "prune": "penjing.modules",
     "quantize": "penjing.modules",

@@ -1,0 +1,137 @@
+"""Models written as GGUF and read back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penjing import compress
+from penjing.checkpoint import open_checkpoint
+from penjing.errors import BadCheckpoint, BadInput, Unsupported
+from penjing.export import export
+from penjing.formats.affine import AffineTensor
+from penjing.models.tokenizer import Tokenizer
+from penjing.serve.service import _fingerprint
+
+NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
+TEXT = "It was 1813,\n\tand Mr. Bennet's daughters — née Gardiner — said: 你好!"
+
+
+def test_auto_gives_back_every_tensor_and_token(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    assert not export(NOVELIST, file, "gguf").notes
+    first, again = open_checkpoint(NOVELIST), open_checkpoint(file)
+    assert set(first.names) == set(again.names)
+    for name in first.names:
+        np.testing.assert_array_equal(again.tensor(name).astype(np.float32), first.tensor(name).astype(np.float32))
+    assert Tokenizer(file).encode(TEXT) == Tokenizer(NOVELIST).encode(TEXT)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 32), (8, -1)])
+def test_symmetric_grids_keep_their_integers(bits: int, group: int, tmp_path: Path) -> None:
+    made = compress(NOVELIST, tmp_path / "c", bits=bits, group_size=group, symmetric=True, check="none").output
+    assert not export(made, tmp_path / "c.gguf", "gguf").notes
+    first, again = open_checkpoint(made), open_checkpoint(tmp_path / "c.gguf")
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        before, after = (each.weight(f"model.layers.3.{name}") for each in (first, again))
+        assert isinstance(before, AffineTensor)
+        assert isinstance(after, AffineTensor)
+        np.testing.assert_array_equal(after.codes, before.codes)
+        np.testing.assert_array_equal(after.decode(), before.decode())
+
+
+def test_another_grid_is_said_to_be_rounded_again(tmp_path: Path) -> None:
+    made = compress(NOVELIST, tmp_path / "c", bits=4, group_size=16, symmetric=True, check="none").output
+    assert "rounded again" in export(made, tmp_path / "c.gguf", "gguf").notes[0]
+
+
+def test_what_is_cut_off_or_unknown_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    export(NOVELIST, file, "gguf", "q8_0")
+    whole = file.read_bytes()
+    for length in (3, 20, 5000, len(whole) - 100):
+        file.write_bytes(whole[:length])
+        with pytest.raises(BadCheckpoint, match=r"m\.gguf"):
+            open_checkpoint(file)
+    file.write_bytes(whole.replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0lluma", 1))
+    with pytest.raises(Unsupported, match="lluma"):
+        open_checkpoint(file)
+    file.write_bytes(b"hello")
+    with pytest.raises(BadCheckpoint, match="not a GGUF file"):
+        open_checkpoint(file)
+    with pytest.raises(Unsupported, match="q9"):
+        export(NOVELIST, tmp_path / "n.gguf", "gguf", "q9")
+    with pytest.raises(BadInput, match="is there"):
+        export(NOVELIST, file, "gguf")
+
+
+def test_the_commands_take_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    export(NOVELIST, file, "gguf", "q4_k")
+
+    def run(*words: str, said: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "penjing", *words], input=said, capture_output=True, text=True, check=True
+        )
+
+    inspected = run("inspect", str(file))
+    assert "GGUF" in inspected.stdout
+    assert inspected.stderr.count("Q4_K are put on int8") == 1
+    answers = [run("chat", str(file), "--temperature", "0", "--max-tokens", "8", said="It was\n") for _ in range(2)]
+    assert answers[0].stdout == answers[1].stdout != "\n"  # the second finds packed weights in the cache
+    run("compress", str(file), "-o", str(tmp_path / "c"), "--bits", "4", "--group-size", "64")
+    assert open_checkpoint(tmp_path / "c").is_compressed("model.layers.0.mlp.down_proj")
+    assert Tokenizer(tmp_path / "c").encode(TEXT) == Tokenizer(NOVELIST).encode(TEXT)
+
+
+def test_the_service_takes_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    export(NOVELIST, file, "gguf", "q8_0")
+    first = _fingerprint(str(file))
+    file.unlink()
+    export(NOVELIST, file, "gguf", "q4_0")
+    assert _fingerprint(str(file)) != first
+
+
+def test_a_grid_with_zero_points_keeps_its_integers_in_q4_1(tmp_path: Path) -> None:
+    made = compress(NOVELIST, tmp_path / "c", bits=4, group_size=32, symmetric=False, check="none").output
+    export(made, tmp_path / "c.gguf", "gguf")
+    before, after = (open_checkpoint(each).weight("model.layers.3.mlp.up_proj") for each in (made, tmp_path / "c.gguf"))
+    assert isinstance(before, AffineTensor)
+    assert isinstance(after, AffineTensor)
+    assert after.grid.bits == 4
+    np.testing.assert_array_equal(after.decode(), before.decode())
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q5_k", "q6_k", "q4_1"])
+def test_weights_for_the_engine_are_near_what_the_file_says(kind: str, tmp_path: Path) -> None:
+    export(NOVELIST, tmp_path / "m.gguf", "gguf", kind)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    exact = checkpoint.tensor("model.layers.2.mlp.down_proj.weight")
+    weight = checkpoint.weight("model.layers.2.mlp.down_proj")
+    assert isinstance(weight, AffineTensor)
+    away = np.sqrt(np.square(weight.decode() - exact).sum() / np.square(exact).sum())
+    assert away == 0 if kind == "q6_k" else 0 < away < 0.007
+    assert bool(checkpoint.notes) == (kind != "q6_k")
+
+
+def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        export(NOVELIST, tmp_path / "m.gguf", "gguf", "f32")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.75 * (tmp_path / "m.gguf").stat().st_size  # its largest matrix is a quarter, beside the tokenizer
+
+
+def test_calibration_on_a_file_is_refused(tmp_path: Path) -> None:
+    export(NOVELIST, tmp_path / "m.gguf", "gguf")
+    text = NOVELIST / "evaluation.txt"
+    with pytest.raises(Unsupported, match="needs a model's folder"):
+        compress(tmp_path / "m.gguf", tmp_path / "c", method="gptq", bits=4, group_size=64, calibration=[text])

@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench engines serve native asan fuzz arm clean
+.PHONY: help demo test test-all lint fix bench engines llamacpp serve native asan fuzz arm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed ## start-up times, and the speed of Novelist on this m
 
 engines: $(VENV)/.installed ## the engine beside llama.cpp, OpenVINO, vLLM and vllm.cpp; builds them first, then half an hour
 	$(BIN)/python benchmarks/engines.py
+
+llamacpp: $(VENV)/.installed ## llama.cpp itself on exported GGUF files (LLAMACPP: a Python that has llama-cpp-python)
+	PENJING_LLAMACPP=$(LLAMACPP) $(BIN)/python -m pytest tests/export -q
 
 serve: $(VENV)/.installed ## serve Novelist at http://127.0.0.1:8000
 	$(BIN)/penjing serve examples/novelist

@@ -182,7 +182,6 @@ FAULTS: dict[str, tuple[bytes | None, dict[str, Any], str]] = {
     "too long": (b"w3", {"sequence_length": 65}, "2 to 64, the most that this model can take"),
     "samples": (b"w3", {"samples": 0}, "samples=0"),
     "device": (b"w3", {"device": "tpu"}, "give auto, cpu or cuda"),
-    "none": (b"w3", {"calibration": []}, "give --calibration FILE"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import socket
@@ -9,15 +11,20 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import typer
 
-from penjing.cli import COMMANDS, app
+from calibrate_models import make, text
+from penjing import methods
+from penjing.cli import COMMANDS, app, main
 from penjing.formats.affine import Grid
+from penjing.methods import apply
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -129,20 +136,88 @@ def test_the_readme_shows_what_happens(block: Block, text: str, checkout: Path) 
     assert not missing, answer.stdout
 
 
-def test_the_method_of_contributing_works() -> None:
-    """The worked example, as a module beside the other methods, does what its docstring says."""
-    page = (ROOT / "CONTRIBUTING.md").read_text()
-    source = page.partition("<!-- method -->\n```python\n")[2].partition("```")[0]
-    module = types.ModuleType("penjing.methods.pow2")
+@contextmanager
+def worked_example(page: str, name: str) -> Iterator[types.ModuleType]:
+    """The method that a page shows, as a module beside the other methods."""
+    source = (ROOT / page).read_text().partition("<!-- method -->\n```python\n")[2].partition("```")[0]
+    module = types.ModuleType(f"penjing.methods.{name}")
     module.__package__ = "penjing.methods"
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module
     try:
         exec(source, module.__dict__)
+        yield module
     finally:
         del sys.modules[module.__name__]
+
+
+def test_the_method_of_contributing_works() -> None:
+    """It does what its docstring says."""
+    with worked_example("CONTRIBUTING.md", "pow2") as module:
+        steps_are_powers_of_two(module)
+
+
+def steps_are_powers_of_two(module: types.ModuleType) -> None:
     weight = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
     weight[3] = 0
     grid = Grid(bits=4, group_size=32)
     fitted = module.solve(weight, {}, module.Config(grid))
     assert np.all(np.log2(fitted.scale) % 1 == 0)
     assert np.all(np.abs(fitted.decode() - weight) <= np.repeat(fitted.scale, 32, axis=1) / 2 * (1 + 1e-6))
+
+
+def test_the_method_of_the_page_goes_through_the_compressor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file and one line in a table: the flag, calibration and pruning, against the paper's formula row by row."""
+    make(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(text())
+    monkeypatch.setitem(methods.PRUNERS, "ria", "ria")
+    seen: list[tuple[Any, Any, Any]] = []
+    with worked_example("docs/methods.md", "ria") as module:
+        solve = module.solve  # type: ignore[attr-defined]
+
+        def noted(weight: Any, statistics: Any, config: Any) -> Any:
+            seen.append((weight, statistics["input_norm"], solve(weight, statistics, config)))
+            return seen[-1][2]
+
+        monkeypatch.setattr(module, "solve", noted, raising=False)
+        words = ["compress", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--prune-method", "ria"]
+        rows = ["--calibration", str(tmp_path / "text.txt"), "--samples", "8", "--sequence-length", "24"]
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--sparsity", "0.5", *rows])
+    assert ended.value.code == 0
+    assert len(seen) == 21
+    for weight, norm, pruned in seen:
+        size = np.abs(weight)
+        for i, row in enumerate(size):
+            score = [(w / size[:, j].sum() + w / row.sum()) * norm[j] ** 0.5 for j, w in enumerate(row)]
+            kept = sorted(range(len(row)), key=lambda j: score[j])[round(0.5 * len(row)) :]
+            assert set(np.flatnonzero(pruned[i])) == set(kept)
+            assert (pruned[i][kept] == weight[i][kept]).all()
+
+
+TABLES = {
+    "quantizer": methods.QUANTIZERS,
+    "pruner": methods.PRUNERS,
+    "transform": methods.TRANSFORMS,
+    "both in one solve": methods.JOINT,
+}
+
+
+def rows_of(page: str, columns: int) -> list[list[str]]:
+    """The cells of the tables with so many columns in a page."""
+    lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|") and "---" not in line]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [row for row in cells if len(row) == columns]
+
+
+def test_the_table_of_methods_is_the_programs() -> None:
+    """Every method is there, with what it needs and the options that it takes."""
+    found, settings = rows_of("docs/methods.md", 7)[1:], dict(rows_of("docs/methods.md", 2)[1:])
+    named = {name: row for row in found for name in re.findall(r"`(\w+)`", row[0])}
+    kinds = {name: (kind, module) for kind, table in TABLES.items() for name, module in table.items()}
+    assert named.keys() == kinds.keys()
+    for name, (kind, file) in kinds.items():
+        module = importlib.import_module(f"penjing.methods.{file}")
+        assert (named[name][1], named[name][3]) == (kind, "yes" if module.NEEDS else "no"), name
+        own = {each.name: each.default for each in fields(module.Config) if each.name not in apply.FIELDS}
+        shown = re.findall(r"`(\w+)` \(([^)]+)\)", settings.get(f"`{name}`", ""))
+        assert {option: json.loads(default) for option, default in shown} == own, name

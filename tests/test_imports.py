@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "verify": {"checkpoint", "formats", "kernels", "models"},
     "footprint": {"calibrate", "checkpoint", "hardware", "methods"},
     "shards": {"calibrate", "checkpoint", "formats", "methods"},
-    "calibrate": {"checkpoint", "formats", "kernels", "methods", "models"},
+    "calibrate": {"checkpoint", "formats", "hardware", "kernels", "methods", "models"},
     "compress": {
         "calibrate",
         "checkpoint",

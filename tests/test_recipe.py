@@ -119,6 +119,10 @@ def test_presets() -> None:
     assert preset("w4a16_asym").rules[0].quantize == Quantize(symmetric=False)
     assert preset("int8-sparse30").rules[0].prune == Prune(sparsity=0.3)
     assert preset("sparse50").rules[0].quantize is None
+    goals = {name: preset(name).rules[0].quantize for name in ("fast", "balanced", "best", "smallest", "gpu")}
+    assert all(goals.values())
+    assert goals["gpu"] is not None
+    assert goals["gpu"].symmetric  # what kernels of GPUs read
 
 
 def rule(**parts: object) -> dict[str, object]:

@@ -110,11 +110,12 @@ def compress(
     """Compress a checkpoint folder into another.
 
     recipe: a preset, a file, or a `Recipe`; ``settings`` (``bits=4, group_size=64, sparsity=0.5, …``, see
-    `recipe.build`) change it or stand alone.  memory_limit: bytes; refused when the run cannot keep it.
-    shard_bytes: blocks share a file until they have that many bytes of the original, and a killed run goes on at a
-    file.  check: how many blocks' logits the self-check computes.  evaluate: a file of held-out text to measure ΔL on.
-    calibration, samples, sequence_length, device: for methods that need data; see `calibrate.Calibration`.  progress:
-    is told bytes of the original that are done, and all.  announce: is told the bound of the memory before the run.
+    `recipe.build`) change it or stand alone; with text to calibrate on, the preset balanced if nothing else is said.
+    memory_limit: bytes; refused when the run cannot keep it.  shard_bytes: blocks share a file until they have that
+    many bytes of the original, and a killed run goes on at a file.  check: how many blocks' logits the self-check
+    computes.  evaluate: a file of held-out text to measure ΔL on.  calibration, samples, sequence_length, device: for
+    methods that need data; see `calibrate.Calibration`.  progress: is told bytes of the original that are done, and all
+    (before that, of tokens that the model writes itself).  announce: is told the bound of the memory before the run.
 
     The same call after a crash goes on where it was and ends with the same bytes; after success it returns what is
     there. Raises BadInput (BadCheckpoint, BadRecipe, Unsupported) for what cannot be done, OutOfBudget for memory and
@@ -125,7 +126,7 @@ def compress(
         raise BadInput(f"sparse_storage={sparse_storage!r}: give dense or bitmask")
     if check not in ("sample", "full", "none"):
         raise BadInput(f"check={check!r}: give sample, full or none")
-    made = build(recipe, **settings)
+    made = build(recipe, with_data=bool(calibration), **settings)
     for rule in made.rules:
         apply.check(rule)
     checkpoint, folder = open_checkpoint(model), Path(output)
@@ -148,6 +149,8 @@ def compress(
         if calibration and calibrator is None:
             say("no method of this recipe needs calibration data; it is not used")
         say(str(footprint))
+        if calibrator is not None:
+            _prepare(calibrator, memory_limit, progress or _say_nothing, say)
         entries = _run(plan, journal, calibrator, progress or _say_nothing)
         made_artifact = _complete(plan, journal, entries, check)
     except KeyboardInterrupt:
@@ -177,10 +180,21 @@ def _open_calibrator(
     return open_calibrator(plan.checkpoint, calibration, plan.rules, output / FOLDER, device)
 
 
+def _prepare(calibrator: Calibrator, limit: int | None, progress: Progress, say: Callable[[str], None]) -> None:
+    """What the model writes itself to be calibrated on, where no text was given, is said loudly."""
+    if calibrator.own is not None:
+        say(
+            f"NO CALIBRATION TEXT: the model writes {calibrator.own.samples} × {calibrator.own.length} tokens itself;"
+            " --calibration FILE with text like what it will see would be better"
+        )
+    calibrator.prepare(limit, progress)
+
+
 def _calibration_line(found: Mapping[str, Any]) -> str:
     """What is said of calibration at the end: gains over rounding, and every layer that is not as was asked."""
     both = [its for its in found["layers"].values() if its.get("plain_loss")]
     line = f"{found['samples']} × {found['sequence_length']} tokens"
+    line += " THAT THE MODEL WROTE ITSELF, for no text was given" if found.get("own_samples") else ""
     if both:
         share = sum(its["loss"] / its["plain_loss"] for its in both) / len(both)
         line += f"; layers lose {share:.2f} × what rounding alone would"

@@ -194,10 +194,10 @@ def matches(pattern: str, module: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern)
 
 
-Settings = TypeVar("Settings", Quantize, Prune, Transform)
+Part = TypeVar("Part", Quantize, Prune, Transform)
 
 
-def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
+def _settings(kind: type[Part], value: Any, where: str) -> Part | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -252,6 +252,7 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"])
 
 
+# The field's words for bits and activations: rounded to nearest, without data.
 _SCHEMES = {
     "int4": Quantize(bits=4),
     "int8": Quantize(bits=8, group_size=-1),
@@ -259,12 +260,24 @@ _SCHEMES = {
 }
 _SCHEMES |= {f"w{bits}a16": Quantize(bits=bits) for bits in (2, 3, 4, 5, 6, 7)}
 _SCHEMES |= {"w4a16_asym": Quantize(bits=4, symmetric=False), "w8a16": _SCHEMES["int8"]}
-PRESETS = (*_SCHEMES, "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
+# What is wanted of the result; docs/compress.md says when to choose which.
+_GOALS = {
+    "fast": Rule(("*",), Quantize("hqq", symmetric=False)),
+    "balanced": Rule(("*",), Quantize("gptq", symmetric=False)),
+    "best": Rule(("*",), Quantize("gptq", group_size=64, symmetric=False, options={"sweeps": 8})),
+    "smallest": Rule(("*",), Quantize("gptq", bits=3, symmetric=False, options={"sweeps": 8})),
+    "gpu": Rule(("*",), Quantize("gptq")),
+}
+PRESETS = (*_GOALS, *_SCHEMES, "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
+# A quantizer → the method that prunes and quantizes in one as it does; what pruning is added to such a rule by.
+_JOINTLY = {"gptq": "joint"}
 
 
 def preset(name: str) -> Recipe:
     """The recipe of a preset or a scheme's word (``int4``, ``W4A16``); ``-sparseNN`` prunes NN % by magnitude first."""
     word = name.lower()
+    if word in _GOALS:
+        return Recipe((_GOALS[word],))
     scheme, _, percent = word.partition("sparse")
     scheme = scheme.removesuffix("-")
     known = scheme in _SCHEMES or (not scheme and percent)
@@ -293,41 +306,73 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         raise BadRecipe(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def build(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, **settings: Any) -> Recipe:
+def build(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, with_data: bool = False, **settings: Any
+) -> Recipe:
     """The recipe that a preset, a file or nothing, and single settings on top of it, make together.
 
-    settings: the fields of `Quantize` and of `Prune` (there ``method`` is called ``prune_method``, and ``options``
-    ``prune_options``), ``ignore`` and ``seed``; None leaves a setting as it is. They change every rule of the recipe;
-    without one they make a rule for all modules.
+    settings: the fields of `Quantize`, of `Prune` (there ``method`` is called ``prune_method``, and ``options``
+    ``prune_options``) and of `Transform` (``transform``, ``transform_options``), ``ignore`` and ``seed``; None leaves a
+    setting as it is. They change every rule of the recipe; without one they make a rule for all modules. with_data:
+    there is text to calibrate on, so that where neither a recipe nor a method is named, the best that use it are meant.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    ignore, seed = given.pop("ignore", None), given.pop("seed", None)
-    prune = {"method": given.pop("prune_method")} if "prune_method" in given else {}
-    prune |= {"options": given.pop("prune_options")} if "prune_options" in given else {}
-    prune |= {name: given.pop(name) for name in ("sparsity", "pattern", "scope") if name in given}
     for name in given:
-        if name not in (field.name for field in fields(Quantize)):
+        if name not in SETTINGS:
             raise BadRecipe(f"unknown setting {name!r}; {nearest(name, SETTINGS)}")
-    if recipe is None and not given and not prune:
-        raise BadRecipe(f"nothing to do: give a recipe ({', '.join(PRESETS[:4])}, a file), bits or a sparsity")
-    if recipe is not None:
-        made = load_recipe(recipe)
-    else:
-        made = Recipe((Rule(("*",), Quantize() if given else None, Prune() if prune else None),))
-    rules = tuple(_changed(rule, given, prune) for rule in made.rules)
+    ignore, seed = given.pop("ignore", None), given.pop("seed", None)
+    changes = {part: {of: given[name] for name, of in names.items() if name in given} for part, names in _NAMES.items()}
+    if recipe is None and not given and not with_data:
+        raise BadRecipe(f"nothing to do: give a recipe ({', '.join(_GOALS)}, a file), bits or a sparsity")
+    made = load_recipe(recipe) if recipe is not None else Recipe((_rule_for(changes, with_data),))
     return dataclasses.replace(
         made,
-        rules=rules,
+        rules=tuple(_changed(rule, changes) for rule in made.rules),
         ignore=made.ignore if ignore is None else _texts(ignore, "ignore"),
         seed=made.seed if seed is None else seed,
     )
 
 
-_FIELDS = (*fields(Quantize), *fields(Prune)[1:-1])
-SETTINGS = (*(field.name for field in _FIELDS), "prune_method", "prune_options", "ignore", "seed")
+Changes = Mapping[str, Mapping[str, Any]]
+# A part of a rule → the settings that change it, each with the name of its field.
+_NAMES = {
+    "quantize": {field.name: field.name for field in fields(Quantize)},
+    "prune": {
+        **{"prune_method": "method", "prune_options": "options"},
+        **{field.name: field.name for field in fields(Prune)[1:-1]},
+    },
+    "transform": {"transform": "method", "transform_options": "options"},
+}
+SETTINGS = (*(name for names in _NAMES.values() for name in names), "ignore", "seed")
 
 
-def _changed(rule: Rule, quantize: Mapping[str, Any], prune: Mapping[str, Any]) -> Rule:
-    new_quantize = dataclasses.replace(rule.quantize or Quantize(), **quantize) if quantize else rule.quantize
-    new_prune = dataclasses.replace(rule.prune or Prune(), **prune) if prune else rule.prune
-    return Rule(rule.targets, new_quantize, new_prune, rule.transform)
+def _rule_for(changes: Changes, with_data: bool) -> Rule:
+    """The rule that settings alone change: for all modules, with the parts that they speak of."""
+    quantize, prune, transform = (changes[part] for part in ("quantize", "prune", "transform"))
+    named = "method" in quantize or "method" in prune or transform
+    if not with_data or named:
+        return Rule(("*",), Quantize() if quantize or transform else None, Prune() if prune else None)
+    if prune and not quantize:
+        return Rule(
+            ("*",), prune=Prune("gradual" if prune.get("pattern", "unstructured") == "unstructured" else "sparsegpt")
+        )
+    return _GOALS["balanced"]
+
+
+def _changed(rule: Rule, changes: Changes) -> Rule:
+    prune, quantize = dict(changes["prune"]), dict(changes["quantize"])
+    now = quantize.get("method", rule.quantize and rule.quantize.method)
+    if prune and rule.prune is None and "method" not in prune and now in _JOINTLY:
+        prune["method"] = quantize["method"] = _JOINTLY[now]
+    return Rule(
+        rule.targets,
+        _with(rule.quantize or Quantize(), quantize) if quantize else rule.quantize,
+        _with(rule.prune or Prune(), prune) if prune else rule.prune,
+        _with(rule.transform or Transform(), changes["transform"]) if changes["transform"] else rule.transform,
+    )
+
+
+def _with(part: Part, changes: Mapping[str, Any]) -> Part:
+    """A part with other settings. Options are added to those there are, which go when their method does."""
+    options = part.options if changes.get("method", part.method) == part.method else {}
+    return dataclasses.replace(part, **{**changes, "options": {**options, **changes.get("options", {})}})

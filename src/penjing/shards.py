@@ -16,7 +16,8 @@ from .checkpoint.plan import Plan, Shard, scale_dtype
 from .checkpoint.safetensors import Chunks, Tensor
 from .checkpoint.storage import Weight
 from .formats.affine import AffineTensor
-from .methods import Statistics, apply
+from .methods import apply
+from .methods.statistics import Statistics
 from .recipe import Rule
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Calibration: what comes into each layer, seen on text that goes through the model block by block.
 
 data      texts → rows of tokens
+own       rows of tokens that the model writes itself, where there is no text
 graph     transformers' model, without memory, and which of the checkpoint's tensors are which of it
 block     one block with its weights
 products  where the inputs of layers are seen

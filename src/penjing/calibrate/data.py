@@ -29,15 +29,27 @@ Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on. files: texts.  samples, length: rows and their tokens; None: the default, or what there is.
+    """What to calibrate on. files: texts; none: what the model writes itself (see `own`).
 
-    seed: decides which texts are taken when there are more.
+    samples, length: rows and their tokens; None: the default, or what there is.  seed: decides which texts are taken
+    when there are more.
     """
 
     files: tuple[Path, ...]
     samples: int | None = None
     length: int | None = None
     seed: int = 0
+
+    def rows(self, longest: int | None) -> tuple[int, int]:
+        """(samples, length) as asked for, or by default; BadInput for what the model cannot take."""
+        length = min(LENGTH, longest or LENGTH) if self.length is None else self.length
+        if type(length) is not int or length < 2 or (longest is not None and length > longest):
+            upper = "" if longest is None else f" to {longest}, the most that this model can take"
+            raise BadInput(f"sequence_length={length!r}: give tokens of a sample, 2{upper}")
+        samples = SAMPLES if self.samples is None else self.samples
+        if type(samples) is not int or samples < 1:
+            raise BadInput(f"samples={samples!r}: give how many rows of text to calibrate on, 1 or more")
+        return samples, length
 
 
 def read_tokens(calibration: Calibration, folder: Path, longest: int | None, vocabulary: int) -> NDArray[np.int64]:
@@ -46,15 +58,7 @@ def read_tokens(calibration: Calibration, folder: Path, longest: int | None, voc
     longest: tokens that the model can take.  vocabulary: how many there are.
     BadInput, in one line, for files that are no text, hold too little of it, or lengths the model cannot take.
     """
-    if not calibration.files:
-        raise BadInput(
-            "the recipe's methods need calibration: give --calibration FILE with text like what the model will see;"
-            " rtn and hqq, l1, l2 and random need no data"
-        )
-    length = _length(calibration.length, longest)
-    samples = SAMPLES if calibration.samples is None else calibration.samples
-    if type(samples) is not int or samples < 1:
-        raise BadInput(f"samples={samples!r}: give how many rows of text to calibrate on, 1 or more")
+    samples, length = calibration.rows(longest)
     documents = [document for file in calibration.files for document in read_documents(file)]
     order = np.random.default_rng(calibration.seed).permutation(len(documents))
     tokenizer = Tokenizer(folder)
@@ -72,14 +76,6 @@ def read_tokens(calibration: Calibration, folder: Path, longest: int | None, voc
             f"{where}: token {found.max()} of the tokenizer is beyond the model's vocabulary of {vocabulary}"
         )
     return found
-
-
-def _length(asked: int | None, longest: int | None) -> int:
-    length = min(LENGTH, longest or LENGTH) if asked is None else asked
-    if type(length) is not int or length < 2 or (longest is not None and length > longest):
-        upper = "" if longest is None else f" to {longest}, the most that this model can take"
-        raise BadInput(f"sequence_length={length!r}: give tokens of a sample, 2{upper}")
-    return length
 
 
 def _take(documents: Iterable[Document], tokenizer: Tokenizer, wanted: int) -> list[int]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.storage import SCALE_NAMES
-from ..methods import Statistics, apply, scaling, transform
+from ..methods import apply, scaling, transform
+from ..methods.statistics import Statistics
 from ..recipe import Rule
 from .block import LiveBlock
 from .inputs import Input

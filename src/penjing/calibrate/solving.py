@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.affine import AffineTensor
-from ..methods import Statistics, apply
+from ..methods import apply
+from ..methods.statistics import Statistics
 from ..recipe import Rule
 from .stream import OpenBlock
 

@@ -23,14 +23,16 @@ from torch import Tensor
 from .. import kernels
 from ..checkpoint import Checkpoint
 from ..checkpoint.safetensors import Chunks, SafetensorsFile, write_safetensors
-from ..errors import BadInput, PenjingError
-from ..methods import Statistics, apply
+from ..errors import BadInput, PenjingError, Unsupported
+from ..methods import apply
+from ..methods.statistics import Statistics
 from ..recipe import Rule
 from .block import LiveBlock, to_numpy
 from .data import Calibration, read_tokens
 from .folding import Folder, scale_for
 from .graph import Call, Graph, to_torch
 from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
+from .own import Own
 
 BATCH_TOKENS = 512  # at least so many tokens go through a block at a time
 Tick = Callable[[float], None]
@@ -40,7 +42,8 @@ class Calibrator:
     """Statistics of each layer's input, block by block in order.
 
     tokens: int64 (samples, length).  rules: module → what will be done to it.  folder: for the hidden states.
-    dtype: what products are made in.  budget: bytes that statistics may take at once; to be set before the first block.
+    dtype: what products are made in.  own: what the model is to write itself; tokens only stand in until `prepare`.
+    budget: bytes that statistics may take at once; to be set before the first block.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Calibrator:
         rules: Mapping[str, Rule],
         folder: Path,
         dtype: torch.dtype,
+        own: Own | None = None,
     ) -> None:
+        self.own = own
         self.graph, self.checkpoint, self.device = graph, graph.checkpoint, graph.device
         self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
         self.rules = rules
@@ -96,11 +101,17 @@ class Calibrator:
         """Does the block, or one after it, need calibration?"""
         return block in self.order and self.order.index(block) < self.chained
 
+    def prepare(self, limit: int | None, progress: Callable[[float, float], None]) -> None:
+        """Have what the model writes itself written, where that is what it is calibrated on: see `own.Own.tokens`."""
+        if self.own is not None:
+            self.tokens = self.own.tokens(self.folder, limit, progress)
+
     def identity(self) -> dict[str, Any]:
         """What the results depend on, beside the model and the recipe: it must be the same for a run to go on."""
         samples, length = self.tokens.shape
+        text = {"own_samples": True} if self.own else {"sha256": fingerprint(self.tokens)}
         return {
-            "calibration": {"sha256": fingerprint(self.tokens), "samples": samples, "sequence_length": length},
+            "calibration": text | {"samples": samples, "sequence_length": length},
             "threads": kernels.threads(),
             "device": f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
         }
@@ -250,13 +261,16 @@ def open_calibrator(
     where = _device(device)
     graph = Graph(checkpoint, where)
     text = graph.model.config.get_text_config()
-    tokens = read_tokens(
-        calibration, checkpoint.path, getattr(text, "max_position_embeddings", None), int(text.vocab_size)
-    )
+    longest, vocabulary = getattr(text, "max_position_embeddings", None), int(text.vocab_size)
+    if not calibration.files and not graph.model.can_generate():
+        kind = type(graph.model).__name__
+        raise Unsupported(f"{checkpoint.path}: {kind} writes no text to calibrate on: give --calibration FILE")
+    own = None if calibration.files else Own(checkpoint.path, *calibration.rows(longest), calibration.seed)
+    tokens = own.stand_in(vocabulary) if own else read_tokens(calibration, checkpoint.path, longest, vocabulary)
     torch.set_num_threads(kernels.threads())
     short = max(info.dtype.itemsize for info in checkpoint.infos.values() if info.dtype.kind in "fV") <= 2
     fast = where.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Calibrator(graph, tokens, rules, folder, torch.bfloat16 if short and fast else torch.float32)
+    return Calibrator(graph, tokens, rules, folder, torch.bfloat16 if short and fast else torch.float32, own)
 
 
 def _device(name: str) -> torch.device:

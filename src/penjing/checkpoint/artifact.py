@@ -149,6 +149,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
 def calibration(identity: Mapping[str, Any], verdicts: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     """What penjing.json says of calibration; None when there was none.
 
+    own_samples: there where the text is what the model wrote itself; else sha256 of the tokens.
     layers: module → ``loss`` and ``plain_loss``, shares of the layer's output that are lost, and by rounding alone.
     kept_plain: layers where rounding was better, and stayed.  starved: experts that were given all tokens because the
     router chose them too rarely.  uncalibrated: layers that nothing came to, rounded plainly.  unfolded: layers whose

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
+
+from ..methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
+from ..recipe import PRESETS
 
 
 def compress(
     model: str = typer.Argument(..., metavar="MODEL", help="The folder of a Hugging Face model."),
     output: Path = typer.Option(..., "-o", "--output", metavar="OUT", help="Folder for the result: empty or new."),
-    recipe: str | None = typer.Option(None, help="A file (YAML, JSON) or a preset: int4, int8, w8a8, int4-sparse50 …"),
-    method: str | None = typer.Option(None, help="Quantization method: rtn, hqq."),
+    recipe: str | None = typer.Option(
+        None, help=f"A file (YAML, JSON) or a preset: {', '.join(PRESETS[:8])}, int4-sparse50 … With text: balanced."
+    ),
+    method: str | None = typer.Option(None, help=f"Quantization method: {', '.join(QUANTIZERS)}."),
     bits: int | None = typer.Option(None, help="Bits of a weight, 2 to 8."),
     group_size: int | None = typer.Option(None, help="Columns that share a step; -1: one step a row."),
     symmetric: bool | None = typer.Option(None, "--symmetric/--asymmetric", help="Without or with zero points."),
     activations: str | None = typer.Option(None, help="none, or int8: W8A8, the server quantizes inputs by token."),
-    observer: str | None = typer.Option(None, help="Range of a group: minmax, percentile, mse, histogram."),
-    prune_method: str | None = typer.Option(None, help="l1, l2 (the same for single weights) or random."),
+    observer: str | None = typer.Option(
+        None, help="Range of a group: minmax, percentile, mse, histogram; with a hessian importance."
+    ),
+    transform: str | None = typer.Option(None, help=f"Scales folded in before quantizing: {', '.join(TRANSFORMS)}."),
+    prune_method: str | None = typer.Option(None, help=f"Pruning method: {', '.join(PRUNERS)}."),
     sparsity: float | None = typer.Option(None, help="Share of the weights that is removed, in (0, 1)."),
     pattern: str | None = typer.Option(None, help="unstructured, or N:M (keep N of each M in a row)."),
     scope: str | None = typer.Option(None, help="Weights are ranked within a row or a tensor."),
+    joint: bool = typer.Option(False, "--joint", help=f"Prune and quantize in one: both methods {', '.join(JOINT)}."),
+    option: list[str] | None = typer.Option(
+        None, metavar="NAME=VALUE", help="The quantization method's own, e.g. damping=0.02; docs/methods.md has all."
+    ),
+    prune_option: list[str] | None = typer.Option(None, metavar="NAME=VALUE", help="The pruning method's own."),
+    transform_option: list[str] | None = typer.Option(None, metavar="NAME=VALUE", help="The transform's own."),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -76,13 +92,17 @@ def compress(
             device=device,  # type: ignore[arg-type]
             progress=progress,
             announce=lambda text: print(text, file=sys.stderr),
-            method=method,
+            method=method or ("joint" if joint else None),
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
             activations=activations,
             observer=observer,
-            prune_method=prune_method,
+            options=_options(option, "--option"),
+            transform=transform,
+            transform_options=_options(transform_option, "--transform-option"),
+            prune_method=prune_method or ("joint" if joint else None),
+            prune_options=_options(prune_option, "--prune-option"),
             sparsity=sparsity,
             pattern=pattern,
             scope=scope,
@@ -90,3 +110,21 @@ def compress(
             seed=seed,
         )
     print(json.dumps(dataclasses.asdict(result)) if json_output else result)
+
+
+def _options(words: Sequence[str] | None, flag: str) -> dict[str, Any] | None:
+    """``damping=0.02`` and the like → names and values; a value that is no number, true or false is a word."""
+    import json
+
+    from ..errors import BadInput
+
+    found: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise BadInput(f"{flag} {word}: give NAME=VALUE, such as damping=0.02")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found or None

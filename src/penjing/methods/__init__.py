@@ -9,10 +9,11 @@ A method is one file with a function of arrays and a frozen config; it knows no 
 
 They come in this order; a joint one stands for both the pruner and the quantizer of its rule.
 
-weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibration collected on the layer's input, by
-name; the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one another,
-so that a large matrix may be solved in parts. ``MEMORY`` is what `solve` takes at most beside what it is given: bytes
-for each weight, and for each of (in, in). To add a method, write its file and put its name in one of these tables.
+weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibration collected on the layer's input (see
+`statistics`); the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one
+another, so that a large matrix may be solved in parts. ``MEMORY`` is what `solve` takes at most beside what it is
+given: bytes for each weight, and for each of (in, in). To add a method, write its file and put its name in one of
+these tables. They need neither a method nor numpy, so that the program's help can name them all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from ..errors import BadRecipe, nearest
-from .statistics import Statistics
 
-__all__ = ["JOINT", "PRUNERS", "QUANTIZERS", "TRANSFORMS", "Statistics", "pruner", "quantizer", "transform"]
+__all__ = ["JOINT", "PRUNERS", "QUANTIZERS", "TRANSFORMS", "pruner", "quantizer", "transform"]
 
 # name → the module that has it
 TRANSFORMS = {"awq": "awq", "smoothquant": "smoothquant"}
@@ -58,5 +58,6 @@ def pruner(name: str) -> ModuleType:
 
 def _find(name: str, table: Mapping[str, str], kind: str) -> ModuleType:
     if name not in table:
-        raise BadRecipe(f"{kind} method {name!r} is unknown; {nearest(name, table)}")
+        hint = f"it is a transform: say --transform {name}" if name in TRANSFORMS else nearest(name, table)
+        raise BadRecipe(f"{kind} method {name!r} is unknown; {hint}")
     return importlib.import_module(f".{table[name]}", __name__)

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from ..errors import BadInput, BadRecipe, nearest
 from ..formats.affine import AffineTensor, Grid
 from ..recipe import Prune, Quantize, Rule
-from . import JOINT, Statistics, linalg, pruner, quantizer, transform
+from . import JOINT, linalg, pruner, quantizer, transform
+from .statistics import Statistics
 
 # What a rule says in its own fields, and not among a method's options.
-_FIELDS = ("grid", "observer", "sparsity", "scope", "pattern", "seed")
+FIELDS = ("grid", "observer", "sparsity", "scope", "pattern", "seed")
 
 
 def solve(
@@ -164,7 +165,7 @@ def _config(name: str, module: ModuleType, fixed: Mapping[str, Any], options: Ma
     own = [field.name for field in fields(module.Config)]
     if fixed.get("observer") is not None and "observer" not in own:
         raise BadRecipe(f"observer={fixed['observer']!r}: method {name} finds its steps in its own way; leave it out")
-    known = [option for option in own if option not in _FIELDS]
+    known = [option for option in own if option not in FIELDS]
     for option in options:
         if option not in known:
             rest = nearest(option, known) if known else "it has none"

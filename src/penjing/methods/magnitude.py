@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import BadRecipe
-from . import Statistics
+from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ()
 MEMORY = (8, 0)

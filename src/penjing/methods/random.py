@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from . import Statistics
 from .magnitude import Config
+from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ()
 MEMORY = (12, 0)

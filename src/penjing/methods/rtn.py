@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from .. import kernels
 from ..formats import affine
 from ..formats.affine import PER_TENSOR, AffineTensor, Grid
-from . import Statistics
 from .observers import observer
+from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ()
 MEMORY = (6, 0)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import BadInput, PenjingError, nearest
 from ..formats import affine
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, Grid
-from ..methods import Statistics, rtn
+from ..methods import rtn
 from ..methods.observers import observer as find_observer
+from ..methods.statistics import Statistics
 from ..stats import Change, paired_change
 from . import masks
 from .data import Batch, Loss, batches, evaluating, losses, split

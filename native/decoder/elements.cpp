@@ -31,6 +31,8 @@ PENJING_ELEMENTS(scalar)
 #if defined(__x86_64__)
 PENJING_ELEMENTS(avx2)
 PENJING_ELEMENTS(avx512_vnni)
+#elif defined(__aarch64__)
+PENJING_ELEMENTS(neon)
 #endif
 
 const Elements &elements() {
@@ -41,6 +43,9 @@ const Elements &elements() {
     case Isa::avx2: return avx2::element_table;
     default: break;
     }
+#elif defined(__aarch64__)
+    if (active_isa() == Isa::neon)
+      return neon::element_table;
 #endif
     return scalar::element_table;
   }();

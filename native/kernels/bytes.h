@@ -3,7 +3,8 @@
 //   B64   sixty-four uint8           Quad<wide>   four int8 of x, for all rows
 //   dot(sum, w, quad)  sum + the products         dot_at(sum, w, x)   the same with the quad at x, used once
 //
-// Codes are `wide` when they may exceed 127: where products of bytes are summed in 16 bits, those need another way.
+// Codes are `wide` when they may exceed 127: where products of bytes are summed in 16 bits, or bytes are signed, those
+// need another way. dot counts each code as less by code_less<wide>.
 #pragma once
 
 #include "kernels/group.h"
@@ -31,6 +32,8 @@ PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
 }
 PENJING_INLINE B64 as_bytes(I16 v) { return v; }
 
+template <bool wide>
+constexpr int code_less = 0;
 template <bool wide>
 using Quad = __m512i;
 template <bool wide>
@@ -67,7 +70,68 @@ PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
 
 #else
 
-#if defined(__AVX2__)
+#if defined(PENJING_NEON)
+
+PENJING_INLINE B64 bload(const void *p) {
+  const auto *from = static_cast<const uint8_t *>(p);
+  return {vld1q_u8(from), vld1q_u8(from + 16), vld1q_u8(from + 32), vld1q_u8(from + 48)};
+}
+PENJING_INLINE void bstore(void *p, B64 v) {
+  auto *to = static_cast<uint8_t *>(p);
+  vst1q_u8(to, v.a);
+  vst1q_u8(to + 16, v.b);
+  vst1q_u8(to + 32, v.c);
+  vst1q_u8(to + 48, v.d);
+}
+PENJING_INLINE B64 bor(B64 a, B64 b) {
+  return {vorrq_u8(a.a, b.a), vorrq_u8(a.b, b.b), vorrq_u8(a.c, b.c), vorrq_u8(a.d, b.d)};
+}
+template <int shift, int mask>
+PENJING_INLINE uint8x16_t quarter_field(uint8x16_t v) {
+  if constexpr (shift < 0)
+    v = vshlq_n_u8(v, -shift);
+  else if constexpr (shift > 0)
+    v = vshrq_n_u8(v, shift);
+  if constexpr (mask == 255 >> (shift > 0 ? shift : 0)) // nothing else is left
+    return v;
+  else
+    return vandq_u8(v, vdupq_n_u8(mask));
+}
+template <int shift, int mask>
+PENJING_INLINE B64 field(B64 v) {
+  return {quarter_field<shift, mask>(v.a), quarter_field<shift, mask>(v.b), quarter_field<shift, mask>(v.c),
+          quarter_field<shift, mask>(v.d)};
+}
+PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
+  const uint8x16_t row = vld1q_u8(table);
+  return {vqtbl1q_u8(row, index.a), vqtbl1q_u8(row, index.b), vqtbl1q_u8(row, index.c), vqtbl1q_u8(row, index.d)};
+}
+PENJING_INLINE B64 as_bytes(I16 v) {
+  return {vreinterpretq_u8_s32(v.a), vreinterpretq_u8_s32(v.b), vreinterpretq_u8_s32(v.c), vreinterpretq_u8_s32(v.d)};
+}
+
+// Both bytes of a product are signed: codes up to 127 are as they are, wide ones less 128.
+template <bool wide>
+constexpr int code_less = wide ? 128 : 0;
+template <bool wide>
+using Quad = int8x16_t;
+template <bool wide>
+PENJING_INLINE Quad<wide> quad(const int8_t *p) {
+  return fours(p);
+}
+template <bool wide>
+PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
+  if constexpr (wide) {
+    const uint8x16_t half = vdupq_n_u8(128);
+    w = {veorq_u8(w.a, half), veorq_u8(w.b, half), veorq_u8(w.c, half), veorq_u8(w.d, half)};
+  }
+  return {signed_dot(sum.a, w.a, x), signed_dot(sum.b, w.b, x), signed_dot(sum.c, w.c, x), signed_dot(sum.d, w.d, x)};
+}
+
+#elif defined(__AVX2__)
+
+template <bool wide>
+constexpr int code_less = 0;
 
 struct B64 {
   __m256i a, b;
@@ -127,6 +191,9 @@ PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
 
 #else
 
+template <bool wide>
+constexpr int code_less = 0;
+
 typedef uint8_t B64 __attribute__((vector_size(64)));
 typedef uint16_t Pairs __attribute__((vector_size(64)));
 
@@ -178,6 +245,21 @@ PENJING_INLINE I16 dot_at(I16 sum, B64 w, const int8_t *x) {
   return dot<wide>(sum, w, quad<wide>(x));
 }
 
+#if defined(PENJING_NEON)
+
+PENJING_INLINE B64 expand(const uint8_t *p, uint64_t mask, B64 rest) { return spread(bload(p), mask, rest); }
+
+PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
+  const uint8x16_t first = vld1q_u8(p), second = vld1q_u8(p + 16), nibble = vdupq_n_u8(15);
+  const uint8x16_t low[2] = {vandq_u8(first, nibble), vandq_u8(second, nibble)};
+  const uint8x16_t high[2] = {vshrq_n_u8(first, 4), vshrq_n_u8(second, 4)};
+  const B64 kept = {vzip1q_u8(low[0], high[0]), vzip2q_u8(low[0], high[0]), vzip1q_u8(low[1], high[1]),
+                    vzip2q_u8(low[1], high[1])};
+  return spread(kept, mask, rest);
+}
+
+#else
+
 PENJING_INLINE B64 expand(const uint8_t *p, uint64_t mask, B64 rest) {
   uint8_t out[64];
   bstore(out, rest);
@@ -208,6 +290,8 @@ PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
   std::memset(codes + 64, 0, 8);
   return expand(codes, mask, rest);
 }
+
+#endif
 
 #endif
 

@@ -59,17 +59,61 @@ struct HalfFloats {
 
 PENJING_INLINE HalfFloats expand_words(const uint16_t *p, uint32_t mask) {
   HalfFloats out;
+#if defined(PENJING_NEON)
+  const auto eight = [&](uint32_t bits, uint16_t *to) __attribute__((always_inline)) {
+    const uint8x8_t at = vld1_u8(places.of[bits]), twice = vqadd_u8(at, at); // 255: none
+    const uint8x16_t second = vreinterpretq_u8_u16(vdupq_n_u16(0x0100));
+    const uint8x16_t pairs = vorrq_u8(vcombine_u8(vzip1_u8(twice, twice), vzip2_u8(twice, twice)), second);
+    vst1q_u16(to, vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(vld1q_u16(p)), pairs)));
+    p += __builtin_popcount(bits);
+  };
+  eight(mask & 255, out.v);
+  eight(mask >> 8 & 255, out.v + 8);
+#else
   for (int i = 0; i < 16; ++i) {
     const uint32_t bit = mask >> i & 1;
     out.v[i] = bit ? *p : uint16_t{0};
     p += bit;
   }
+#endif
   return out;
 }
 
 PENJING_INLINE F16 expand_bf16(const uint16_t *p, uint32_t mask) { return from_bf16(expand_words(p, mask).v); }
 
 PENJING_INLINE F16 expand_f16(const uint16_t *p, uint32_t mask) { return from_f16(expand_words(p, mask).v); }
+
+#if defined(PENJING_NEON)
+
+using Codes = B64; // sixteen codes of each of four columns
+
+PENJING_INLINE Codes expand_bytes(const int8_t *p, uint64_t mask) {
+  const auto kept = [&](int at) __attribute__((always_inline)) { return vreinterpretq_u8_s8(vld1q_s8(p + at)); };
+  const uint8x16_t none = vdupq_n_u8(0);
+  return spread({kept(0), kept(16), kept(32), kept(48)}, mask, {none, none, none, none});
+}
+
+PENJING_INLINE Codes expand_nibbles(const uint8_t *p, uint64_t mask) {
+  const auto *bytes = reinterpret_cast<const int8_t *>(p);
+  const int8x16_t first = vld1q_s8(bytes), second = vld1q_s8(bytes + 16);
+  const auto low = [](int8x16_t v) __attribute__((always_inline)) { return vshrq_n_s8(vshlq_n_s8(v, 4), 4); };
+  const auto zip = [](int8x16_t l, int8x16_t h, bool end) __attribute__((always_inline)) {
+    return vreinterpretq_u8_s8(end ? vzip2q_s8(l, h) : vzip1q_s8(l, h));
+  };
+  const int8x16_t lows[2] = {low(first), low(second)}, highs[2] = {vshrq_n_s8(first, 4), vshrq_n_s8(second, 4)};
+  const uint8x16_t none = vdupq_n_u8(0);
+  return spread({zip(lows[0], highs[0], false), zip(lows[0], highs[0], true), zip(lows[1], highs[1], false),
+                 zip(lows[1], highs[1], true)},
+                mask, {none, none, none, none});
+}
+
+template <int k>
+PENJING_INLINE F16 column(Codes codes) {
+  const uint8x16_t one = k == 0 ? codes.a : k == 1 ? codes.b : k == 2 ? codes.c : codes.d;
+  return to_float(widened(vreinterpretq_s8_u8(one)));
+}
+
+#else
 
 struct Codes {
   int8_t v[64]; // sixteen codes of each of four columns
@@ -110,6 +154,8 @@ template <int k>
 PENJING_INLINE F16 column(const Codes &codes) {
   return from_int8(codes.v + k * 16);
 }
+
+#endif
 
 #endif
 

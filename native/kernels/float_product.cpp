@@ -7,6 +7,9 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int tile_rows = 12, tile_panels = 2; // 24 sums, in 32 registers
 constexpr int few_rows = 8;                    // up to so many, weights are decoded in registers, once for all
+#elif defined(PENJING_NEON)
+constexpr int tile_rows = 6, tile_panels = 1; // a sum takes four registers of 32
+constexpr int few_rows = 4;
 #elif defined(__AVX2__)
 constexpr int tile_rows = 3, tile_panels = 2; // 12 registers of 16
 constexpr int few_rows = 2;

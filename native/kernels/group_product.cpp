@@ -5,10 +5,15 @@
 namespace penjing::PENJING_ISA {
 namespace {
 
+// few_rows: weights are unpacked once for so many, into registers.
 #if defined(__AVX512VNNI__)
 constexpr bool lookup_is_fast = true;         // sixteen bytes or more of a table in one instruction
 constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
-constexpr int few_rows = group_few / 2;       // weights are unpacked once for so many, into registers
+constexpr int few_rows = group_few / 2;
+#elif defined(PENJING_NEON)
+constexpr bool lookup_is_fast = true;
+constexpr int tile_rows = 5, tile_panels = 1; // a sum takes four registers of 32
+constexpr int few_rows = 4;
 #elif defined(__AVX2__)
 constexpr bool lookup_is_fast = true;
 constexpr int tile_rows = 2, tile_panels = 2;
@@ -18,6 +23,15 @@ constexpr bool lookup_is_fast = false;
 constexpr int tile_rows = 2, tile_panels = 1;
 constexpr int few_rows = 2; // a sum takes four registers here; code for more rows is large, and no faster
 #endif
+
+// Independent sums a row, which hide the latency of a product.
+constexpr int chains_of(int rows, [[maybe_unused]] bool sparse) {
+#if defined(PENJING_NEON) // a sum is four already, and what expands codes wants the registers
+  return sparse || rows > 2 ? 1 : rows == 1 ? 4 : 2;
+#else
+  return rows == 1 ? 4 : rows <= 5 ? 2 : 1;
+#endif
+}
 constexpr int64_t chunk = group_columns; // quads unpacked at once: with four panels 32 KiB, in the first-level cache
 
 // Bytes ahead that are asked for. The steps of a sparse stream vary, and the processor's own prefetch loses it: one
@@ -121,11 +135,17 @@ PENJING_INLINE F16 add_segment(F16 y, I16 sum, float step, F16 scale) {
   return fma(to_float(sum), mul(splat(step), scale), y);
 }
 
+// −zero · Σ x, where a sum begins; the zero belongs to codes as dot counts them.
+template <bool wide>
+PENJING_INLINE I16 less_zeros(int32_t minus_sum, I16 zero) {
+  return imul(isplat(minus_sum), code_less<wide> ? isub(zero, isplat(code_less<wide>)) : zero);
+}
+
 // Few rows: one pass over the panel, everything in registers.
 template <GroupCode code, int rows>
 void few(const GroupProduct &p, int64_t index, int64_t row) {
   using P = Panel<code>;
-  constexpr int chains = rows == 1 ? 4 : rows <= 5 ? 2 : 1; // independent sums hide the latency of a product
+  constexpr int chains = chains_of(rows, P::sparse);
   constexpr int blocks = chains > P::quads ? chains / P::quads : 1;
   const GroupWeight &w = *p.weight;
   const int64_t segments = p.x.segments, stride = p.x.stride;
@@ -144,7 +164,7 @@ void few(const GroupProduct &p, int64_t index, int64_t row) {
       I16 sum[rows][chains];
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        sum[r][0] = imul(isplat(minus_sum[r * segments]), panel.zero);
+        sum[r][0] = less_zeros<P::wide>(minus_sum[r * segments], panel.zero);
 #pragma GCC unroll 8
         for (int c = 1; c < chains; ++c)
           sum[r][c] = izero();
@@ -223,7 +243,8 @@ void tile(const Chunk &c, int64_t row) {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
       for (int i = 0; i < panels; ++i)
-        sum[r][i] = w.per_row && !c.first ? iload(at(r, i)) : imul(isplat(minus_sum[r * coded.segments]), c.zero[s][i]);
+        sum[r][i] =
+            w.per_row && !c.first ? iload(at(r, i)) : less_zeros<wide>(minus_sum[r * coded.segments], c.zero[s][i]);
     for (int64_t q = 0; q < c.quads; ++q, x += 4, unpacked += panels * 64) {
       B64 weight[panels];
 #pragma GCC unroll 8

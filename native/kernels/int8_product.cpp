@@ -7,12 +7,18 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int tile_rows = 6, tile_panels = 4; // 24 sums, in 32 registers
+#elif defined(PENJING_NEON)
+constexpr int tile_rows = 6, tile_panels = 1; // a sum takes four registers of 32
 #elif defined(__AVX2__)
 constexpr int tile_rows = 2, tile_panels = 2;
 #else
 constexpr int tile_rows = 4, tile_panels = 1;
 #endif
-constexpr int narrow_rows = 8; // a tile of a single panel
+#if defined(PENJING_NEON)
+constexpr int narrow_rows = 6; // a tile of a single panel
+#else
+constexpr int narrow_rows = 8;
+#endif
 
 // The rows of a tile: where each begins, and where its quads are.
 template <int rows>
@@ -44,14 +50,14 @@ PENJING_INLINE void multiply(const Int8Weight &w, const Rows<rows> &x, int64_t p
   }
 }
 
-// Σ x of each row, in every lane.
+// Σ (x − dot4_less) of each row over the true columns, in every lane; the others are 0 in x.
 template <int rows>
 void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
   alignas(64) int8_t ones[64];
   std::memset(ones, 1, sizeof ones);
   const Quads one = quads(ones);
   for (int r = 0; r < rows; ++r) {
-    sum[r] = izero();
+    sum[r] = isplat(static_cast<int32_t>(dot4_less * (4 * w.quads - w.columns)));
     for (int64_t q = 0; q < w.quads; ++q)
       sum[r] = dot4(sum[r], x.begin[r] + (x.quad_offset ? x.quad_offset[q] : 4 * q), one);
   }
@@ -60,7 +66,7 @@ void row_sums(const Int8Weight &w, const Rows<rows> &x, I16 (&sum)[rows]) {
 // From a raw sum to the exact one.
 PENJING_INLINE I16 exact(const Int8Product &p, int64_t panel, int64_t row, I16 sum, I16 x_sum) {
   const Int8Weight &w = *p.weight;
-  sum = isub(sum, imul(isplat(p.zero[row * p.x_stride]), iload(w.sum + panel * lanes)));
+  sum = isub(sum, imul(isplat(p.zero[row * p.x_stride] - dot4_less), iload(w.sum + panel * lanes)));
   return w.zero_point ? isub(sum, imul(x_sum, iload(w.zero_point + panel * lanes))) : sum;
 }
 

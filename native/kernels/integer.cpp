@@ -42,7 +42,8 @@ Int8Panels::Int8Panels(const int8_t *codes, int64_t rows, int64_t columns, const
     if (bias)
       bias_[row] = real ? bias[row] : 0;
   }
-  weight_ = {rows, quads, values_.data(), sum_.data(), zero_point ? zero_point_.data() : nullptr};
+  const int64_t real = std::count_if(column_of.begin(), column_of.end(), [](int64_t column) { return column >= 0; });
+  weight_ = {rows, quads, real, values_.data(), sum_.data(), zero_point ? zero_point_.data() : nullptr};
 }
 
 int64_t Int8Panels::bytes() const {

@@ -45,6 +45,8 @@ PENJING_TABLE(scalar)
 #if defined(__x86_64__)
 PENJING_TABLE(avx2)
 PENJING_TABLE(avx512_vnni)
+#elif defined(__aarch64__)
+PENJING_TABLE(neon)
 #endif
 
 const Kernels &kernels() {
@@ -55,6 +57,9 @@ const Kernels &kernels() {
     case Isa::avx2: return avx2::table;
     default: break;
     }
+#elif defined(__aarch64__)
+    if (active_isa() == Isa::neon)
+      return neon::table;
 #endif
     return scalar::table;
   }();

@@ -40,6 +40,7 @@ struct FloatProduct {
 // A weight for integer activations: [panel][quad][16 rows × 4 columns] of signed bytes.
 struct Int8Weight {
   int64_t rows, quads;
+  int64_t columns; // the true ones
   const int8_t *values;
   const int32_t *sum;        // [panel][16]: of (code − zero point) over the true columns
   const int32_t *zero_point; // [panel][16], or null

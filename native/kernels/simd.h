@@ -110,13 +110,20 @@ PENJING_INLINE I16 dot4(I16 sum, const uint8_t *x, I16 weight) {
   std::memcpy(&quad, x, 4);
   return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad), weight);
 }
-using Quads = I16; // sixteen lanes of four signed bytes, as dot4 wants them
+using Quads = I16;           // sixteen lanes of four signed bytes, as dot4 wants them
+constexpr int dot4_less = 0; // what dot4 takes from each byte of x
 PENJING_INLINE Quads quads(const int8_t *p) { return iload(p); }
 
 #else
 
-#if defined(__AVX2__)
+#if defined(PENJING_NEON)
+} // namespace penjing::PENJING_ISA
+#include "kernels/neon.h"
+namespace penjing::PENJING_ISA {
 
+#elif defined(__AVX2__)
+
+constexpr int dot4_less = 0;
 struct F16 {
   __m256 a, b;
 };
@@ -242,6 +249,7 @@ PENJING_INLINE I16 dot4(I16 sum, const uint8_t *x, Quads weight) {
 
 #else // the compiler's own vectors: it makes of them what the processor has
 
+constexpr int dot4_less = 0;
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));

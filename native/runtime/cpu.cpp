@@ -4,7 +4,34 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace penjing {
+
+#if defined(__x86_64__)
+static constexpr Isa known[] = {Isa::scalar, Isa::avx2, Isa::avx512_vnni};
+#elif defined(__aarch64__)
+static constexpr Isa known[] = {Isa::scalar, Isa::neon};
+
+static bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long asimddp = 1ul << 20; // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & asimddp;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+#else
+static constexpr Isa known[] = {Isa::scalar};
+#endif
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -19,6 +46,9 @@ Isa best_isa() {
     return avx2 ? Isa::avx2 : Isa::scalar;
   }();
   return isa;
+#elif defined(__aarch64__)
+  static const Isa isa = has_dot_products() ? Isa::neon : Isa::scalar;
+  return isa;
 #else
   return Isa::scalar;
 #endif
@@ -28,14 +58,17 @@ static Isa chosen_isa() {
   const char *wanted = std::getenv("PENJING_ISA");
   if (!wanted || !*wanted)
     return best_isa();
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512_vnni})
+  std::string names;
+  for (Isa isa : known) {
     if (std::string(wanted) == name(isa)) {
       if (isa > best_isa())
         throw std::invalid_argument(std::string("PENJING_ISA=") + wanted + ": this processor goes up to " +
                                     name(best_isa()));
       return isa;
     }
-  throw std::invalid_argument(std::string("PENJING_ISA=") + wanted + ": known are scalar, avx2, avx512-vnni");
+    names += (names.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument(std::string("PENJING_ISA=") + wanted + ": known are " + names);
 }
 
 Isa active_isa() {
@@ -47,6 +80,7 @@ const char *name(Isa isa) {
   switch (isa) {
   case Isa::avx512_vnni: return "avx512-vnni";
   case Isa::avx2: return "avx2";
+  case Isa::neon: return "neon";
   default: return "scalar";
   }
 }

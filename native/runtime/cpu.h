@@ -3,7 +3,7 @@
 
 namespace penjing {
 
-enum class Isa { scalar, avx2, avx512_vnni };
+enum class Isa { scalar, avx2, avx512_vnni, neon /* with dot products */ };
 
 // The best instruction set that both this build and this processor have.
 Isa best_isa();

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The kernel tests on 64-bit Arm, under an emulator: the library is cross-compiled, and Python and numpy for Arm are
-# unpacked into build/arm, nothing is installed.  Needs Debian with: apt-get install qemu-user g++-aarch64-linux-gnu,
-# and dpkg --add-architecture arm64 && apt-get update.  PYTHON: an interpreter of this machine with nanobind and pip.
+# The kernel tests on 64-bit Arm, under an emulator, with each instruction set: the library is cross-compiled, and Python
+# and numpy for Arm are unpacked into build/arm, nothing is installed.  Needs Debian with: apt-get install qemu-user
+# g++-aarch64-linux-gnu, and dpkg --add-architecture arm64 && apt-get update.  PYTHON: an interpreter of this machine with nanobind and pip.
 #
 #     tests/arm/run.sh [pytest arguments; tests/kernels by default]
 set -euo pipefail
@@ -32,6 +32,8 @@ cp -r src/penjing "$ARM/package/" && rm -f "$ARM"/package/penjing/_native.*.so
 cp "$ARM"/build/native/_native.*.so "$ARM/package/penjing/_native.cpython-${VERSION/./}-aarch64-linux-gnu.so"
 
 # Tests start other interpreters: they too must go through the emulator.
-PYTHONPATH="$ARM/package:$ARM/site" "$ARM/python" -c \
-  "import sys; sys.executable = '$ARM/python'; import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
-  "${@:-tests/kernels}" -q -p no:cacheprovider --timeout 3000
+for isa in neon scalar; do
+  PENJING_ISA=$isa PYTHONPATH="$ARM/package:$ARM/site" "$ARM/python" -c \
+    "import sys; sys.executable = '$ARM/python'; import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
+    "${@:-tests/kernels}" -q -p no:cacheprovider --timeout 3000
+done

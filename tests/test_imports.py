@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "report": {"stats"},
     "evaluate": {"checkpoint", "formats", "hardware", "kernels", "models", "stats"},
     "verify": {"checkpoint", "formats", "kernels", "models"},
-    "footprint": {"calibrate", "checkpoint", "hardware", "methods"},
+    "footprint": {"calibrate", "checkpoint", "hardware", "methods", "shrink"},
+    "shrink": {"calibrate", "checkpoint", "methods", "models"},
     "shards": {"calibrate", "checkpoint", "formats", "methods"},
     "calibrate": {"checkpoint", "formats", "hardware", "kernels", "methods", "models"},
     "compress": {
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "models",
         "hardware",
         "shards",
+        "shrink",
         "verify",
     },
     "export": {"checkpoint", "formats", "models"},

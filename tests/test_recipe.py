@@ -18,6 +18,7 @@ from penjing.recipe import (
     Quantize,
     Recipe,
     Rule,
+    Shrink,
     Transform,
     build,
     from_json,
@@ -89,6 +90,13 @@ recipes = st.builds(
     rules=st.lists(rules, min_size=1, max_size=3).map(tuple),
     ignore=st.lists(st.text("abc", min_size=1), max_size=2).map(tuple),
     seed=st.integers(0, 9),
+    shrink=st.none()
+    | st.builds(
+        Shrink,
+        layers=st.integers(1, 9) | st.lists(st.integers(0, 9), min_size=1, unique=True).map(tuple),
+        neurons=st.sampled_from([0, 0.25]),
+        method=st.sampled_from(["obs", "l2"]),
+    ),
 )
 
 
@@ -146,7 +154,10 @@ WRONG = {
     "sparsity 1": (rule(prune={"sparsity": 1.0}), "between 0 and 1"),
     "sparsity NaN": (rule(prune={"sparsity": float("nan")}), "between 0 and 1"),
     "pattern": (rule(prune={"pattern": "4:2"}), "N:M with 0 < N < M"),
-    "channels": (rule(prune={"pattern": "channel"}), "penjing.prune"),
+    "channels": (rule(prune={"pattern": "channel"}), "whole neurons go by shrink"),
+    "shrink": ({"version": 1, "shrink": {"neuron": 0.5}}, "did you mean 'neurons'"),
+    "nothing shrinks": ({"version": 1, "shrink": {}}, "nothing goes; give layers"),
+    "layers twice": ({"version": 1, "shrink": {"layers": [1, 1]}}, "give how many layers go, or a list"),
     "scope": (rule(prune={"scope": "rows"}), "did you mean 'row'"),
     "activations of 4 bits": (rule(quantize={"activations": "int8"}), "needs weights of 8 bits"),
     "options": (rule(quantize={"options": ["damping"]}), "give an object, such as"),

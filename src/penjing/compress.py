@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__, hardware, verify
-from .checkpoint import artifact, open_checkpoint
+from .checkpoint import Checkpoint, artifact, open_checkpoint
 from .checkpoint.atomic import write_json
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.journal import ARTIFACT, FOLDER, Journal, fingerprint
 from .checkpoint.plan import Plan, Shard, make_plan
 from .checkpoint.safetensors import sha256_of, write_safetensors
 from .errors import BadInput, PenjingError, Unsupported
-from .footprint import check_disk, fit
+from .footprint import Footprint, check_disk, fit, fit_shrinking
 from .methods import apply
 from .models.stacked import unstack
-from .recipe import Recipe, build
+from .recipe import Recipe, Rule, build
 from .shards import Contents, solve_shard, solved_again
+from .shrink import Shrinking
 
 if TYPE_CHECKING:
     from .calibrate import Calibrator
@@ -45,7 +46,8 @@ class CompressResult:
     each (the experts of some families), which are written as they are.  resumed_at_block: None for a fresh run.
     digest: what ``sha256sum *.safetensors | sha256sum`` says in the folder.  check: what the self-check found.
     calibration: on what, and what each layer loses (see `artifact.calibration`); None for methods without data.
-    evaluation: ΔL on held-out text, if it was asked for.
+    evaluation: ΔL on held-out text, if it was asked for.  shrunk: which layers stay, sizes before and after, and what
+    that costs the modules that read the units; None where nothing went as a whole.
     """
 
     output: str
@@ -65,6 +67,7 @@ class CompressResult:
     check: dict[str, Any]
     calibration: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    shrunk: dict[str, Any] | None
 
     def __str__(self) -> str:
         smaller = self.original_size_bytes / self.size_bytes
@@ -79,6 +82,9 @@ class CompressResult:
         }
         if self.stacked_bytes:
             rows["as it was"] = f"{self.stacked_bytes:,} bytes of experts that lie in tensors of all of them"
+        if self.shrunk is not None:
+            sizes = self.shrunk["sizes"].items()
+            rows["shrunk"] = ", ".join(f"{key} {before} → {after}" for key, (before, after) in sizes)
         if self.calibration is not None:
             rows["calibration"] = _calibration_line(self.calibration)
         if self.evaluation is not None:
@@ -133,26 +139,40 @@ def compress(
     unstack(checkpoint)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
-    plan = make_plan(checkpoint, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
-    calibrator = _open_calibrator(plan, folder, calibration, samples, sequence_length, device)
-    plan, footprint = fit(plan, calibrator, memory_limit)
-    journal = Journal(folder, _identity(plan, calibrator), _files(plan))
+    opener = _Opener(tuple(map(Path, calibration)), samples, sequence_length, made.seed, device)
+    shrinking = _open_shrinking(checkpoint, made, folder / FOLDER, opener)
+
+    def prepare(seen: Checkpoint) -> tuple[Plan, Calibrator | None, Footprint]:
+        plan = make_plan(seen, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
+        with_data = any(apply.needs(rule) for rule in plan.rules.values())
+        calibrator = opener.open(seen, plan.rules, folder / FOLDER) if with_data else None
+        return fit(plan, calibrator, memory_limit)
+
+    plan, calibrator, footprint = prepare(checkpoint if shrinking is None else shrinking.provisional())
+    if shrinking is not None:
+        footprint = footprint.at_least(fit_shrinking(shrinking, memory_limit))
+    seen_by = calibrator if calibrator is not None or shrinking is None else shrinking.calibrator
+    journal = Journal(folder, _identity(checkpoint, plan, seen_by), _files(plan))
     if not restart and (done := journal.finished_artifact()) is not None:
         if evaluate is not None:
             done = _evaluated(folder, done, checkpoint.path, Path(evaluate))
         return _result(folder, done, start, footprint.total, None, already=True)
     try:
         resumed = journal.begin(restart=restart)
-        first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-        check_disk(plan, journal, calibrator)
-        say = announce or _say_nothing
-        if calibration and calibrator is None:
+        say, report = announce or _say_nothing, progress or _say_nothing
+        if calibration and seen_by is None:
             say("no method of this recipe needs calibration data; it is not used")
         say(str(footprint))
+        if seen_by is not None:
+            _prepare(seen_by, memory_limit, report, say)
+        if shrinking is not None:
+            plan, calibrator, _ = prepare(shrinking.decide(say, lambda each: each.prepare(memory_limit, report)))
         if calibrator is not None:
-            _prepare(calibrator, memory_limit, progress or _say_nothing, say)
-        entries = _run(plan, journal, calibrator, progress or _say_nothing)
-        made_artifact = _complete(plan, journal, entries, check)
+            calibrator.prepare(memory_limit, report)
+        first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
+        check_disk(plan, journal, calibrator)
+        entries = _run(plan, journal, calibrator, report)
+        made_artifact = _complete(plan, journal, entries, check, None if shrinking is None else shrinking.found)
     except KeyboardInterrupt:
         left = sum(journal.finished(shard.name) is None for shard in plan.shards)
         raise PenjingError(
@@ -163,21 +183,35 @@ def compress(
     return _result(folder, made_artifact, start, footprint.total, first if resumed else None, already=False)
 
 
-def _open_calibrator(
-    plan: Plan, output: Path, files: Sequence[str | Path], samples: int | None, length: int | None, device: str
-) -> Calibrator | None:
-    """What gives the rules' methods the statistics that they need; None when they need none."""
-    if not any(apply.needs(rule) for rule in plan.rules.values()):
+@dataclass(frozen=True)
+class _Opener:
+    """What makes calibrators: files of text, rows, their length, the seed that chooses them, and the device."""
+
+    files: tuple[Path, ...]
+    samples: int | None
+    length: int | None
+    seed: int
+    device: str
+
+    def open(self, seen: Checkpoint, rules: Mapping[str, Rule], folder: Path) -> Calibrator:
+        """What gives methods the statistics that they need of a model."""
+        try:
+            from .calibrate import Calibration, open_calibrator
+        except ModuleNotFoundError as error:
+            raise Unsupported(
+                f"methods that need calibration compute with {error.name}: pip install 'penjing[compress]';"
+                " rtn and hqq, l1, l2 and random need no data"
+            ) from None
+        calibration = Calibration(self.files, self.samples, self.length, self.seed)
+        return open_calibrator(seen, calibration, rules, folder, self.device)
+
+
+def _open_shrinking(checkpoint: Checkpoint, recipe: Recipe, folder: Path, opener: _Opener) -> Shrinking | None:
+    """What makes the model smaller before it is compressed, where the recipe asks for it."""
+    if recipe.shrink is None:
         return None
-    try:
-        from .calibrate import Calibration, open_calibrator
-    except ModuleNotFoundError as error:
-        raise Unsupported(
-            f"methods that need calibration compute with {error.name}: pip install 'penjing[compress]';"
-            " rtn and hqq, l1, l2 and random need no data"
-        ) from None
-    calibration = Calibration(tuple(map(Path, files)), samples, length, plan.recipe.seed)
-    return open_calibrator(plan.checkpoint, calibration, plan.rules, output / FOLDER, device)
+    with_data = recipe.shrink.needs_data
+    return Shrinking(checkpoint, recipe, folder, (lambda seen, at: opener.open(seen, {}, at)) if with_data else None)
 
 
 def _prepare(calibrator: Calibrator, limit: int | None, progress: Progress, say: Callable[[str], None]) -> None:
@@ -265,7 +299,9 @@ def _write(
     return entry
 
 
-def _complete(plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str) -> dict[str, Any]:
+def _complete(
+    plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str, shrunk: dict[str, Any] | None
+) -> dict[str, Any]:
     """Index, side files, self-check, penjing.json, and config.json last → what penjing.json says."""
     output = journal.output
     if len(entries) > 1:
@@ -281,7 +317,7 @@ def _complete(plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]
     verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, checksums or None)
     saved.close()
     described = artifact.describe(plan, journal.identity, journal.files, entries)
-    described |= {"check": verdict, "calibration": artifact.calibration(journal.identity, verdicts)}
+    described |= {"check": verdict, "calibration": artifact.calibration(journal.identity, verdicts), "shrunk": shrunk}
     write_json(output / ARTIFACT, described)
     artifact.complete(output, config)
     journal.close()
@@ -299,10 +335,10 @@ def _evaluated(output: Path, made: dict[str, Any], original: Path, data: Path) -
     return made
 
 
-def _identity(plan: Plan, calibrator: Calibrator | None) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, plan: Plan, calibrator: Calibrator | None) -> dict[str, Any]:
     """What must be the same for a run to go on; with calibration also what that depends on."""
     identity = {
-        "model": fingerprint(plan.checkpoint),
+        "model": fingerprint(checkpoint),
         "recipe": plan.recipe.to_json(),
         "storage": "bitmask" if plan.bitmask else "dense",
         "files": [shard.name for shard in plan.shards],
@@ -336,5 +372,5 @@ def _result(
         memory_bound_bytes=bound,
         resumed_at_block=resumed_at,
         already_done=already,
-        **{name: made[name] for name in (*same, "digest", "blocks", "check", "calibration", "evaluation")},
+        **{name: made[name] for name in (*same, "digest", "blocks", "check", "calibration", "evaluation", "shrunk")},
     )

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from . import hardware
 from .checkpoint.journal import Journal
-from .checkpoint.plan import CHUNK_BYTES, Plan
+from .checkpoint.plan import CHUNK_BYTES, SLACK_BYTES, Plan
 from .errors import OutOfBudget
 from .methods import apply
 
 if TYPE_CHECKING:
     from .calibrate import Calibrator
+    from .shrink import Shrinking
 
 SMALLEST_CHUNK = 1 << 20
 
@@ -30,6 +31,10 @@ class Footprint:
     def total(self) -> int:
         return sum(self.terms.values())
 
+    def at_least(self, other: Footprint) -> Footprint:
+        """The larger of two, which are not there at the same time."""
+        return max(self, other, key=lambda each: each.total)
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.terms.items())
         return f"memory: at most {_size(self.total)} ({parts})"
@@ -39,27 +44,48 @@ def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.0f} MiB"
 
 
-def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[Plan, Footprint]:
-    """A plan that keeps the limit, and what it needs at most.
+def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[Plan, Calibrator | None, Footprint]:
+    """A plan that keeps the limit, its calibrator, and what both need at most.
 
     Where that helps, less is read at a time, and statistics are collected in several runs. limit: bytes; None: what
     this machine, or the control group, has left. Raises OutOfBudget with the numbers.
     """
-    here = hardware.peak_memory_bytes()
-    most = here + hardware.memory_available_bytes() if limit is None else limit
+    here, most = _limits(limit)
     chunk, found = CHUNK_BYTES, []
     while chunk >= SMALLEST_CHUNK:
         smaller = dataclasses.replace(plan, chunk_bytes=chunk)
         found.append(_footprint(smaller, calibrator, here, most))
         if found[-1].total <= most:
-            return smaller, found[-1]
+            return smaller, calibrator, found[-1]
         chunk //= 2
     least = min(found, key=lambda each: each.total)
-    what = f"memory_limit={limit} bytes" if limit is not None else f"{most} bytes of memory are available"
     hints = "smaller files (--shard-size) or a higher limit would do"
     if calibrator is not None:
         hints = f"a shorter --sequence-length, a higher limit, or a method without data would do; {least}"
-    raise OutOfBudget(f"{what}: this model and recipe need {least.total} bytes at least; {hints}")
+    raise OutOfBudget(f"{_said(limit, most)}: this model and recipe need {least.total} bytes at least; {hints}")
+
+
+def _limits(limit: int | None) -> tuple[int, int]:
+    """What the interpreter takes, and what all together may take."""
+    here = hardware.peak_memory_bytes()
+    return here, here + hardware.memory_available_bytes() if limit is None else limit
+
+
+def _said(limit: int | None, most: int) -> str:
+    return f"memory_limit={limit} bytes" if limit is not None else f"{most} bytes of memory are available"
+
+
+def fit_shrinking(shrinking: Shrinking, limit: int | None) -> Footprint:
+    """What choosing what goes takes at most; OutOfBudget with the numbers when the limit is below that."""
+    here, most = _limits(limit)
+    terms = {"interpreter": here, "files and parts": SLACK_BYTES}
+    found = Footprint(terms | shrinking.fit(most - sum(terms.values())))
+    if found.total > most:
+        raise OutOfBudget(
+            f"{_said(limit, most)}: shrinking this model needs {found.total} bytes at least; a shorter"
+            f" --sequence-length, a higher limit, or the method l2, which needs no data, would do; {found}"
+        )
+    return found
 
 
 def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int) -> Footprint:

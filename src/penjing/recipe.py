@@ -3,6 +3,7 @@
     version: 1
     seed: 0
     ignore: [lm_head, "re:.*embed"]
+    shrink: {layers: 2, neurons: 0.25}        # what goes as a whole, before anything else
     rules:                                    # the first rule that matches a module decides
       - targets: "*.down_proj"
         quantize: {method: rtn, bits: 8, group_size: -1}
@@ -91,7 +92,7 @@ class Prune:
             raise BadRecipe(f"scope={self.scope!r}: {nearest(str(self.scope), ('row', 'tensor'))}")
         if self.pattern == "channel":
             raise BadRecipe(
-                "pattern=channel: whole channels are pruned on modules, with penjing.prune, not on checkpoints"
+                "pattern=channel: in a recipe, whole neurons go by shrink: {neurons: 0.25}, beside the rules"
             )
         if self.pattern != "unstructured" and self.keep is None:
             raise BadRecipe(f"pattern={self.pattern!r}: give unstructured, or N:M with 0 < N < M, such as 2:4")
@@ -121,6 +122,55 @@ class Transform:
         _check_options(self.options)
 
 
+@dataclass(frozen=True)
+class Shrink:
+    """What goes as a whole, before anything else is done; tensors get smaller, and config.json says so.
+
+    layers: how many decoder layers, those that change least, or which by number.  neurons, heads, experts: shares of
+    each MLP's neurons, of attention's heads with their keys and values, of a mixture's experts.  method: how they are
+    chosen, l1, l2 or random without data, wanda or obs with.  multiple: neurons stay in multiples of it; None is 64,
+    and the group size.
+    """
+
+    layers: int | tuple[int, ...] = 0
+    neurons: float = 0
+    heads: float = 0
+    experts: float = 0
+    method: str = "obs"
+    multiple: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        numbers = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        if any(type(number) is not int or number < 0 for number in numbers) or len(set(numbers)) < len(numbers):
+            raise BadRecipe(f"layers={self.layers!r}: give how many layers go, or a list of their numbers from 0 on")
+        for name in ("neurons", "heads", "experts"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise BadRecipe(f"{name}={share!r}: give the share that goes, 0 or more and below 1")
+        if self.method not in SHRINKERS:
+            raise BadRecipe(f"method={self.method!r}; {nearest(str(self.method), SHRINKERS)}")
+        if self.multiple is not None and (type(self.multiple) is not int or self.multiple < 1):
+            raise BadRecipe(f"multiple={self.multiple!r}: give a whole number, 1 or more")
+        if not self.layers and not self.narrows:
+            raise BadRecipe("shrink: nothing goes; give layers, neurons, heads or experts")
+
+    @property
+    def narrows(self) -> bool:
+        return bool(self.neurons or self.heads or self.experts)
+
+    @property
+    def needs_data(self) -> bool:
+        """Is text needed to choose what goes?"""
+        counted = isinstance(self.layers, int) and self.layers > 0
+        return counted or (self.narrows and SHRINKERS[self.method])
+
+
+# How units are chosen → does it need data?
+SHRINKERS = {"l1": False, "l2": False, "random": False, "wanda": True, "obs": True}
+
+
 def _check_options(options: Any) -> None:
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise BadRecipe(f"options={options!r:.40}: give an object, such as {{damping: 0.01}}")
@@ -146,12 +196,13 @@ class Recipe:
     ignore: tuple[str, ...] = IGNORE
     seed: int = 0
     version: int = VERSION
+    shrink: Shrink | None = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise BadRecipe(f"version={self.version}: this Penjing reads version {VERSION}")
-        if not any(rule.quantize or rule.prune for rule in self.rules):
-            raise BadRecipe("the recipe does nothing: no rule prunes or quantizes")
+        if self.shrink is None and not any(rule.quantize or rule.prune for rule in self.rules):
+            raise BadRecipe("the recipe does nothing: no rule prunes or quantizes, and nothing shrinks")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads back to the same recipe."""
@@ -195,9 +246,10 @@ def matches(pattern: str, module: str) -> bool:
 
 
 Part = TypeVar("Part", Quantize, Prune, Transform)
+Settings = TypeVar("Settings", Quantize, Prune, Transform, Shrink)
 
 
-def _settings(kind: type[Part], value: Any, where: str) -> Part | None:
+def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -229,10 +281,12 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     _known(value, [field.name for field in fields(Recipe)], where)
     if "version" not in value:
         raise BadRecipe(f"{where}: version is missing; write version: {VERSION}")
-    if not isinstance(value.get("rules"), list | tuple):
+    shrink = _settings(Shrink, value.get("shrink"), f"{where}: shrink")
+    given = value.get("rules", () if shrink else None)
+    if not isinstance(given, list | tuple):
         raise BadRecipe(f"{where}: rules is missing, or not a list")
     rules = []
-    for index, rule in enumerate(value["rules"]):
+    for index, rule in enumerate(given):
         here = f"{where}: rules[{index}]"
         if not isinstance(rule, Mapping):
             raise BadRecipe(f"{here}: not an object with targets, transform, prune, quantize")
@@ -249,7 +303,7 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     seed = value.get("seed", 0)
     if type(seed) is not int:
         raise BadRecipe(f"{where}: seed={seed!r}: give a whole number")
-    return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"])
+    return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"], shrink)
 
 
 # The field's words for bits and activations: rounded to nearest, without data.
@@ -312,24 +366,33 @@ def build(
     """The recipe that a preset, a file or nothing, and single settings on top of it, make together.
 
     settings: the fields of `Quantize`, of `Prune` (there ``method`` is called ``prune_method``, and ``options``
-    ``prune_options``) and of `Transform` (``transform``, ``transform_options``), ``ignore`` and ``seed``; None leaves a
-    setting as it is. They change every rule of the recipe; without one they make a rule for all modules. with_data:
-    there is text to calibrate on, so that where neither a recipe nor a method is named, the best that use it are meant.
+    ``prune_options``), of `Transform` (``transform``, ``transform_options``) and of `Shrink` (``remove_layers``,
+    ``prune_neurons``, ``prune_heads``, ``prune_experts``, ``shrink_method``, ``multiple``), ``ignore`` and ``seed``;
+    None leaves a setting as it is. They change every rule of the recipe; without one they make a rule for all modules.
+    with_data: there is text to calibrate on, so that where neither a recipe nor a method is named, the best that use it
+    are meant.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in SETTINGS:
             raise BadRecipe(f"unknown setting {name!r}; {nearest(name, SETTINGS)}")
     ignore, seed = given.pop("ignore", None), given.pop("seed", None)
+    shrink = _pop_shrink(given)
     changes = {part: {of: given[name] for name, of in names.items() if name in given} for part, names in _NAMES.items()}
-    if recipe is None and not given and not with_data:
+    if recipe is None and not given and not shrink and not with_data:
         raise BadRecipe(f"nothing to do: give a recipe ({', '.join(_GOALS)}, a file), bits or a sparsity")
-    made = load_recipe(recipe) if recipe is not None else Recipe((_rule_for(changes, with_data),))
+    if recipe is not None:
+        made = load_recipe(recipe)
+    elif shrink and not given:
+        made = Recipe((), shrink=Shrink(**shrink))
+    else:
+        made = Recipe((_rule_for(changes, with_data),))
     return dataclasses.replace(
         made,
         rules=tuple(_changed(rule, changes) for rule in made.rules),
         ignore=made.ignore if ignore is None else _texts(ignore, "ignore"),
         seed=made.seed if seed is None else seed,
+        shrink=_changed_shrink(made.shrink, shrink),
     )
 
 
@@ -343,7 +406,27 @@ _NAMES = {
     },
     "transform": {"transform": "method", "transform_options": "options"},
 }
-SETTINGS = (*(name for names in _NAMES.values() for name in names), "ignore", "seed")
+_SHRINK = {
+    **{"remove_layers": "layers", "prune_neurons": "neurons", "prune_heads": "heads", "prune_experts": "experts"},
+    **{"shrink_method": "method", "multiple": "multiple"},
+}
+SETTINGS = (*(name for names in _NAMES.values() for name in names), "ignore", "seed", *_SHRINK)
+
+
+def _pop_shrink(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings of `Shrink` out of all of them; pattern=channel is a share of the neurons by another name."""
+    if settings.get("pattern") == "channel":
+        del settings["pattern"]
+        settings.setdefault("prune_neurons", settings.pop("sparsity", Prune.sparsity))
+        if "prune_method" in settings:
+            settings["shrink_method"] = settings.pop("prune_method")
+    return {of: settings.pop(name) for name, of in _SHRINK.items() if name in settings}
+
+
+def _changed_shrink(shrink: Shrink | None, changes: Mapping[str, Any]) -> Shrink | None:
+    if not changes:
+        return shrink
+    return Shrink(**changes) if shrink is None else dataclasses.replace(shrink, **changes)
 
 
 def _rule_for(changes: Changes, with_data: bool) -> Rule:

@@ -8,12 +8,13 @@ products  where the inputs of layers are seen
 inputs    which layers share an input, and its statistics
 folding   where a transform's scales can go, found by trial
 stream    the chain of blocks, and the files between them
+influence which layers and units the model would miss
 memory    what all that takes at most
 solving   a block compressed on its statistics, and judged
 """
 
 from .data import Calibration, read_tokens
-from .memory import Needs, needs
+from .memory import Needs, needs, needs_of_units
 from .solving import compress_block
 from .stream import Calibrator, OpenBlock, Tick, fingerprint, open_calibrator
 
@@ -26,6 +27,7 @@ __all__ = [
     "compress_block",
     "fingerprint",
     "needs",
+    "needs_of_units",
     "open_calibrator",
     "read_tokens",
 ]

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 from transformers.utils import logging
@@ -362,7 +362,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
     kind = getattr(transformers, str(names[0]), None)
     known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True)
+        config = transformers.CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))
         config._experts_implementation = "eager"  # one product an expert, which shows what each of them is given
         with _parameters_without_memory(), torch.no_grad():
             if known:

@@ -211,7 +211,7 @@ class Forced:
             if each.expert is not None:
                 chosen.setdefault(each.expert[0], set()).add(each.expert[1])
         self._chosen = list(chosen.values())
-        self._modules = [module for module in block.module.modules() if _is_routed(module)]
+        self._modules = [module for module in block.module.modules() if is_routed(module)]
         self._hooks: list[Any] = []
 
     @property
@@ -222,7 +222,7 @@ class Forced:
         numbers = sorted(self._chosen[0])
 
         def to_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            given = routing(module, args, kwargs)
             index = given["top_k_index"]
             experts = torch.tensor(numbers, device=index.device).expand(len(index), -1)
             weights = given["top_k_weights"].new_full(experts.shape, 1 / len(numbers))
@@ -236,7 +236,12 @@ class Forced:
             hook.remove()
 
 
-def _is_routed(module: nn.Module) -> bool:
+def routing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module of experts was called with, by name: ``top_k_index`` and ``top_k_weights`` (tokens, k) among it."""
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+def is_routed(module: nn.Module) -> bool:
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 

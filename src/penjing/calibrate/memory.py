@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from ..methods import apply
+from ..methods import apply, units
 from ..methods.statistics import PANEL, Collector
 from ..recipe import Rule
 from .inputs import EXPERT
 from .stream import Calibrator
+
+Reader = tuple[tuple[int, ...], tuple[str, ...]]  # shape of a weight, and the statistics of its input that are wanted
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Needs:
 
 def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
     """What the blocks that are calibrated take."""
-    weights = statistics = largest = solving = activations = 0
+    weights = statistics = largest = solving = inside = 0
     for block in calibrator.order[: calibrator.chained]:
         modules = [module for module in _modules(calibrator, block) if module in rules]
         shapes = {module: calibrator.checkpoint.infos[f"{module}.weight"].shape for module in modules}
@@ -43,8 +45,22 @@ def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
         statistics, largest = max(statistics, sum(sums)), max(largest, *sums, 0)
         work = [apply.memory_bytes(rules[m], *shapes[m]) + 8 * prod(shapes[m]) for m in modules]
         solving = max(solving, *work, 0)
-        activations = max(activations, _activations(calibrator, block))
-    return Needs(weights, statistics, largest, solving, activations)
+        inside = max(inside, activations(calibrator, block))
+    return Needs(weights, statistics, largest, solving, inside)
+
+
+def needs_of_units(calibrator: Calibrator, readers: Sequence[Sequence[Reader]]) -> Needs:
+    """What choosing units takes.  readers: of each block, the weights that read them."""
+    weights = statistics = largest = solving = 0
+    for block in readers:
+        sums = [Collector.bytes_needed(shape[1], needs, "float32") for shape, needs in block]
+        statistics, largest = max(statistics, sum(sums)), max(largest, *sums, 0)
+        each, square = units.MEMORY
+        solving = max(solving, *(each * prod(shape) + square * shape[1] ** 2 for shape, _ in block), 0)
+        weights = max(weights, 8 * sum(prod(shape) for shape, _ in block))
+    weights += max(calibrator.graph.block_bytes(block) for block in calibrator.order)
+    inside = max(activations(calibrator, block) for block in calibrator.order)
+    return Needs(weights, statistics, largest, solving, inside)
 
 
 def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:
@@ -53,7 +69,7 @@ def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:
             yield name.removesuffix(".weight")
 
 
-def _activations(calibrator: Calibrator, block: str) -> int:
+def activations(calibrator: Calibrator, block: str) -> int:
     """A batch through a block: what goes into and comes out of each layer, float32, and attention's own."""
     infos = calibrator.checkpoint.infos
     tokens = calibrator.batch * calibrator.tokens.shape[1]
@@ -71,5 +87,5 @@ def _activations(calibrator: Calibrator, block: str) -> int:
     columns = max((infos[name].shape[-1] for name in calibrator.wanted(block)), default=0)
     products = 2 * min(PANEL, columns) * columns * 4  # a panel of the hessian
     masks = 3 * calibrator.batch * calibrator.tokens.shape[1] ** 2 * 4
-    inside = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
-    return int(tokens * inside + turned + products + masks)
+    within = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
+    return int(tokens * within + turned + products + masks)

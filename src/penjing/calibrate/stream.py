@@ -97,6 +97,11 @@ class Calibrator:
         names = [name for part in self.graph.block_parts(block).values() for _, name in part.sources]
         return {name: self.needs[name] for name in names if self.needs.get(name)}
 
+    def collect(self, needs: Mapping[str, tuple[str, ...]]) -> None:
+        """Wish for statistics beside those of the rules (weight → which), and for what comes out of every block."""
+        self.needs |= needs
+        self.chained = len(self.order) + 1
+
     def needed(self, block: str) -> bool:
         """Does the block, or one after it, need calibration?"""
         return block in self.order and self.order.index(block) < self.chained
@@ -129,6 +134,11 @@ class Calibrator:
         if block in self.order:
             for number in range(self.order.index(block)):
                 self.file(number).unlink(missing_ok=True)
+
+    def forget_all(self) -> None:
+        """All blocks have been gone through: no hidden states are needed."""
+        for number in range(len(self.order) + 1):
+            self.file(number).unlink(missing_ok=True)
 
     @contextmanager
     def open(self, block: str, tick: Tick) -> Iterator[OpenBlock]:
@@ -190,7 +200,10 @@ class OpenBlock:
 
     def _transform(self, inputs: list[Input]) -> None:
         """Fold the scales of the rules' transforms into the block; what is collected later is of the new inputs."""
-        asked = [each for each in inputs if any(self.owner.rules[module].transform for module in each.modules)]
+        with_transform = {module for module, rule in self.owner.rules.items() if rule.transform is not None}
+        asked = [each for each in inputs if with_transform & set(each.modules)]
+        if not asked:
+            return
         first = self.owner._batches()[0]
         hidden = to_torch(self._hidden.read("hidden", first)).to(self.owner.device, torch.float32)
         folder = Folder(self.live, lambda: self._run(first) - hidden)
@@ -235,6 +248,11 @@ class OpenBlock:
     def _run(self, rows: slice, seen: Any = None) -> Tensor:
         hidden = to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
         return self.live.run(self.owner._call(self.number, rows), hidden, seen)
+
+    def watch(self) -> None:
+        """Compute the block on all tokens, for whoever has put hooks in it."""
+        for rows in self.owner._batches():
+            self._run(rows)
 
     def advance(self) -> None:
         """Compute what leaves the block, with its weights as they are now, and write it for the next one."""

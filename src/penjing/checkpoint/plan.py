@@ -24,7 +24,7 @@ from .storage import SCALE_NAMES
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CHUNK_BYTES = 32 << 20
 # numpy, the interpreter's heap, the header and small tensors.
-_SLACK_BYTES = 64 << 20
+SLACK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Plan:
             chunk = min(self.chunk_bytes, info.nbytes) if by_rows[module] else info.nbytes
             # Two chunks read ahead, one pruned, the codes of the whole matrix, its packed words.
             work = max(work, 3 * chunk + 2 * info.size + self.module_bytes(module))
-        return 2 * max(results, default=0) + work + 2 * self.chunk_bytes + _SLACK_BYTES
+        return 2 * max(results, default=0) + work + 2 * self.chunk_bytes + SLACK_BYTES
 
 
 def make_plan(

@@ -29,7 +29,9 @@ def compress(
     transform: str | None = typer.Option(None, help=f"Scales folded in before quantizing: {', '.join(TRANSFORMS)}."),
     prune_method: str | None = typer.Option(None, help=f"Pruning method: {', '.join(PRUNERS)}."),
     sparsity: float | None = typer.Option(None, help="Share of the weights that is removed, in (0, 1)."),
-    pattern: str | None = typer.Option(None, help="unstructured, or N:M (keep N of each M in a row)."),
+    pattern: str | None = typer.Option(
+        None, help="unstructured, N:M (keep N of each M in a row), or channel (neurons)."
+    ),
     scope: str | None = typer.Option(None, help="Weights are ranked within a row or a tensor."),
     joint: bool = typer.Option(False, "--joint", help=f"Prune and quantize in one: both methods {', '.join(JOINT)}."),
     option: list[str] | None = typer.Option(
@@ -37,6 +39,15 @@ def compress(
     ),
     prune_option: list[str] | None = typer.Option(None, metavar="NAME=VALUE", help="The pruning method's own."),
     transform_option: list[str] | None = typer.Option(None, metavar="NAME=VALUE", help="The transform's own."),
+    remove_layers: int | None = typer.Option(None, help="Decoder layers that go, those of the least influence."),
+    prune_neurons: float | None = typer.Option(
+        None, help="Share of each MLP's neurons that goes; tensors get smaller."
+    ),
+    prune_heads: float | None = typer.Option(None, help="Share of attention's heads that goes, with keys and values."),
+    prune_experts: float | None = typer.Option(None, help="Share of a mixture's experts that goes."),
+    shrink_method: str | None = typer.Option(
+        None, help="How these are chosen: obs or wanda; l1, l2, random need no data."
+    ),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -106,6 +117,11 @@ def compress(
             sparsity=sparsity,
             pattern=pattern,
             scope=scope,
+            remove_layers=remove_layers,
+            prune_neurons=prune_neurons,
+            prune_heads=prune_heads,
+            prune_experts=prune_experts,
+            shrink_method=shrink_method,
             ignore=ignore or None,
             seed=seed,
         )

@@ -103,7 +103,7 @@ def _read_ahead(plan: Plan, pieces: Iterable[tuple[str, slice]]) -> Iterator[tup
     with ThreadPoolExecutor(1, "penjing-read") as reader:
         waiting: tuple[tuple[str, slice], Future[NDArray[Any]]] | None = None
         for piece in pieces:
-            ahead = (piece, reader.submit(plan.checkpoint.read_finite, f"{piece[0]}.weight", piece[1]))
+            ahead = (piece, reader.submit(plan.checkpoint.read, f"{piece[0]}.weight", piece[1]))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = ahead
@@ -115,7 +115,7 @@ def _copy(plan: Plan, name: str) -> Chunks:
     """A tensor that is written as it is read, in parts."""
     info = plan.checkpoint.infos[name]
     ranges = plan.row_ranges(info) if info.shape else (None,)
-    return Chunks(info.dtype, info.shape, (plan.checkpoint.read_finite(name, rows) for rows in ranges))
+    return Chunks(info.dtype, info.shape, (plan.checkpoint.read(name, rows) for rows in ranges))
 
 
 def _solve(plan: Plan, rule: Rule, module: str, rows: NDArray[Any], statistics: Statistics) -> Solution:
@@ -127,7 +127,7 @@ def _solve(plan: Plan, rule: Rule, module: str, rows: NDArray[Any], statistics: 
 def solved_again(plan: Plan, module: str) -> Iterator[tuple[slice, Weight]]:
     """What a module's rows were solved to without data, computed from the original once more."""
     for rows in row_ranges(plan, module):
-        weight = plan.checkpoint.read_finite(f"{module}.weight", rows)
+        weight = plan.checkpoint.read(f"{module}.weight", rows)
         yield rows, _solve(plan, plan.rules[module], module, weight, Statistics())
 
 

@@ -316,7 +316,7 @@ class _Rows(TorchFunctionMode):
 
 def read_tensor(checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Tensor:
     """A tensor of the checkpoint, or some of its rows, as torch's; BadCheckpoint when a number is not finite."""
-    return to_torch(checkpoint.read_finite(name, rows))
+    return to_torch(checkpoint.read(name, rows))
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> Tensor:

@@ -176,7 +176,7 @@ class OpenBlock:
 
     def get(self, name: str) -> NDArray[Any]:
         """A tensor of the checkpoint as the block has it now; as it is stored where the block does not have it."""
-        return self.live.get(name) if self.live.is_live(name) else self.owner.checkpoint.read_finite(name)
+        return self.live.get(name) if self.live.is_live(name) else self.owner.checkpoint.read(name)
 
     def set(self, name: str, values: NDArray[Any]) -> None:
         if self.live.is_live(name):

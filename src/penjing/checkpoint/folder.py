@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -63,17 +63,20 @@ class Checkpoint:
         return self._files[stored_name].path
 
     def read(self, stored_name: str, rows: slice | None = None) -> NDArray[Any]:
-        """A tensor as it is stored, or some of its rows; BadCheckpoint when there is no such name."""
-        if stored_name not in self._files:
-            raise BadCheckpoint(f"{self.path}: tensor {stored_name} is missing")
-        return self._files[stored_name].read(stored_name, rows)
+        """A tensor as it is stored, or some of its rows.
 
-    def read_finite(self, stored_name: str, rows: slice | None = None) -> NDArray[Any]:
-        """The same; BadCheckpoint names the tensor when one of its numbers is not finite."""
-        array = self.read(stored_name, rows)
+        BadCheckpoint when there is no such name, or when one of the numbers is not finite: nothing that is computed
+        from such a model means anything, and looking costs less than reading.
+        """
+        array = self._stored(stored_name, rows)
         if array.dtype in storage.SCALE_NAMES and kernels.has_nonfinite(array):
             raise BadCheckpoint(f"{self.file_of(stored_name)}: tensor {stored_name} has a NaN or an infinity")
         return array
+
+    def _stored(self, stored_name: str, rows: slice | None) -> NDArray[Any]:
+        if stored_name not in self._files:
+            raise BadCheckpoint(f"{self.path}: tensor {stored_name} is missing")
+        return self._files[stored_name].read(stored_name, rows)
 
     def split(self, name: str, parts: Mapping[str, tuple[int, int, int]]) -> None:
         """Let a tensor (n, rows, columns) be read as matrices: new name → number on the first axis, first row, rows.
@@ -98,15 +101,39 @@ class Checkpoint:
 
     def weight(self, module: str) -> Weight:
         """A module's weight as it is stored: an array, an AffineTensor or a BitmaskTensor."""
-        where = f"{self.path}: {module}"
         if not self.is_compressed(module):
             return self.read(f"{module}.weight")
         parts = {part: self.read(f"{module}.{part}") for part in self.parts(module)}
-        if "weight_scale" in parts:
-            return storage.decode(parts, self.scheme(module), where)
-        if "weight.compressed" not in parts:
-            raise BadCheckpoint(f"{where}: weight_scale is missing")
-        return storage.decode_sparse(parts, where)
+        return storage.decode(parts, self._scheme_of(module), self._where(module))
+
+    def check_weight(self, module: str, shape: tuple[int, int]) -> None:
+        """BadCheckpoint, by headers alone, unless a module's weight is whole, of this shape, in the right dtypes."""
+        if not self.is_compressed(module):
+            self.check_tensor(f"{module}.weight", shape)
+            return
+        parts: dict[str, storage.Array | TensorInfo] = {
+            part: self.read(f"{module}.{part}") if part in storage.SHAPES else self.infos[f"{module}.{part}"]
+            for part in self.parts(module)
+        }
+        storage.check(parts, self._scheme_of(module), self._where(module), shape)
+
+    def check_tensor(
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[Any] = tuple(storage.SCALE_NAMES)
+    ) -> None:
+        """BadCheckpoint, by headers alone, unless a tensor is there, of this shape and one of these dtypes."""
+        if (info := self.infos.get(name)) is None:
+            raise BadCheckpoint(f"{self.path}: tensor {name} is missing; {CONFIG} calls for it")
+        where = f"{self.file_of(name)}: tensor {name}"
+        if info.shape != shape:
+            raise BadCheckpoint(f"{where} has shape {info.shape}, {CONFIG} calls for {shape}")
+        if info.dtype not in (right := [np.dtype(each) for each in dtypes]):
+            raise BadCheckpoint(f"{where} has dtype {info.dtype}; {' or '.join(map(str, right))} is right")
+
+    def _where(self, module: str) -> str:
+        return f"{self.path}: tensor {module}"
+
+    def _scheme_of(self, module: str) -> Scheme | None:
+        return self.scheme(module) if f"{module}.weight_scale" in self.infos else None
 
     def activations(self, module: str) -> Literal["float", "int8"]:
         """What the module multiplies its weight with: its input as it is, or quantized to int8 token by token."""

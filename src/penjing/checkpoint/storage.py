@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,9 +28,11 @@ from ..formats import bitmask, packed
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, AffineTensor, Grid, spread
 from ..formats.bitmask import BitmaskTensor
 from ..recipe import Quantize
+from .safetensors import TensorInfo
 
 Array = NDArray[Any]
 Weight = NDArray[Any] | AffineTensor | BitmaskTensor
+SHAPES = ("weight_shape", "weight.shape")  # that say what packed words do not
 PACKED, INT = "pack-quantized", "int-quantized"
 SCALE_NAMES = {np.dtype(dtype): name for name, dtype in SCALE_DTYPES.items()}
 
@@ -118,36 +120,85 @@ def _activations(inputs: Any, where: str) -> Literal["float", "int8"]:
     raise Unsupported(f"{where}: input_activations other than dynamic symmetric int8 by token")
 
 
-def _zero_point(raw: Array | None, grid: Grid, rows: int, where: str) -> NDArray[np.int8] | None:
+def check(
+    parts: Mapping[str, Array | TensorInfo], scheme: Scheme | None, where: str, shape: tuple[int, ...] | None = None
+) -> tuple[int, int]:
+    """Do a module's stored tensors (named without "X.", or their headers) make a weight? → its shape (out, in).
+
+    scheme: None for floats, whose bitmask it is.  where: the module, for errors.  shape: that is called for.
+    BadCheckpoint names the first tensor that is missing, or of another shape or dtype than the rest calls for.
+    """
+    found = _shape(parts, where)
+    if shape is not None and found != shape:
+        raise BadCheckpoint(f"{where}.weight has shape {found}, config.json calls for {shape}")
+    if len(found) != 2:
+        raise BadCheckpoint(f"{where}.weight has shape {found}; a compressed weight is a matrix")
+    if scheme is not None:
+        _check_steps(parts, scheme.grid, found, where)
+    if "weight.compressed" in parts:
+        _expect(parts, "weight.bitmask", [np.uint8], (found[0], -(-found[1] // 8)), where)
+        _expect(parts, "weight.compressed", SCALE_NAMES if scheme is None else [np.int32], None, where)
+        if scheme is None:
+            _expect(parts, "weight.row_offsets", [np.int64], (found[0],), where)
+    elif scheme is None:
+        raise BadCheckpoint(f"{where}.weight_scale is missing; there are only {', '.join(sorted(parts))}")
+    elif scheme.format == PACKED:
+        _expect(parts, "weight_packed", [np.int32], (found[0], packed.words(found[1], scheme.grid.bits)), where)
+    else:
+        _expect(parts, "weight", [np.int8], found, where)
+    return found
+
+
+def _check_steps(parts: Mapping[str, Array | TensorInfo], grid: Grid, shape: tuple[int, int], where: str) -> None:
+    rows, columns = shape
+    if grid.group_size > 0 and columns % grid.group_size:
+        raise BadCheckpoint(f"{where}.weight has {columns} columns, its scheme groups of {grid.group_size}")
+    groups = 1 if grid.group_size <= 0 else columns // grid.group_size
+    each = (1, 1) if grid.group_size == PER_TENSOR else (rows, groups)
+    _expect(parts, "weight_scale", SCALE_NAMES, each, where)
     if grid.symmetric:
-        return None
-    if raw is None:
-        raise BadCheckpoint(f"{where}: weight_zero_point is missing; its scheme is not symmetric")
-    if raw.dtype == np.int32:
-        return np.ascontiguousarray(kernels.unpack(np.ascontiguousarray(raw.T), grid.bits, rows).T)
-    return raw.astype(np.int8).reshape(rows if raw.size > 1 else 1, -1)
+        return
+    zero = parts.get("weight_zero_point")
+    words = zero is not None and zero.dtype == np.int32
+    right = (packed.words(rows, grid.bits), groups) if words else each
+    _expect(parts, "weight_zero_point", [np.int32, np.int8], right, where)
 
 
-def decode(parts: Mapping[str, Array], scheme: Scheme, where: str) -> AffineTensor:
-    """A module's quantized tensors (named without "X.") → its weight on the grid."""
-    raw_scale = parts["weight_scale"]
-    if raw_scale.dtype not in SCALE_NAMES:
-        raise BadCheckpoint(f"{where}: weight_scale has dtype {raw_scale.dtype}; float32, float16 or bfloat16 is right")
-    grid = Grid(scheme.grid.bits, scheme.grid.group_size, scheme.grid.symmetric, SCALE_NAMES[raw_scale.dtype])
-    shape = _shape(parts, where)
-    if len(shape) != 2:
-        raise BadCheckpoint(f"{where}: weight has shape {shape}; a quantized weight is a matrix")
-    groups = 1 if grid.group_size <= 0 else shape[1] / grid.group_size
-    steps = (1, 1) if grid.group_size == PER_TENSOR else (shape[0], groups)
-    if raw_scale.size != steps[0] * steps[1]:
-        raise BadCheckpoint(f"{where}: weight_scale has shape {raw_scale.shape}, weight {shape} calls for {steps}")
-    scale = np.ascontiguousarray(raw_scale.astype(np.float32)).reshape(steps[0], -1)
-    if not np.isfinite(scale).all():
-        raise BadCheckpoint(f"{where}: weight_scale has a NaN or an infinity")
-    zero_point = _zero_point(parts.get("weight_zero_point"), grid, shape[0], where)
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise BadCheckpoint(f"{where}: weight_zero_point is {zero_point.shape}, weight_scale {scale.shape}")
+def _expect(
+    parts: Mapping[str, Array | TensorInfo], part: str, dtypes: Iterable[Any], shape: tuple[int, ...] | None, where: str
+) -> None:
+    """BadCheckpoint unless a tensor is there, of one of the dtypes and the shape; ones at its end may be left out."""
+    if part not in parts:
+        raise BadCheckpoint(f"{where}.{part} is missing; there are only {', '.join(sorted(parts))}")
+    found, right = parts[part], [np.dtype(each) for each in dtypes]
+    if found.dtype not in right:
+        raise BadCheckpoint(f"{where}.{part} has dtype {found.dtype}; {' or '.join(map(str, right))} is right")
+    if shape is not None and _without_ones(found.shape) != _without_ones(shape):
+        raise BadCheckpoint(f"{where}.{part} has shape {found.shape}, the weight calls for {shape}")
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def decode(parts: Mapping[str, Array], scheme: Scheme | None, where: str) -> AffineTensor | BitmaskTensor:
+    """A module's tensors (named without "X.") → its weight on the grid; without a scheme, the floats that are kept."""
+    shape = check(parts, scheme, where)
+    if scheme is None:
+        return _sparse_floats(parts, shape, where)
+    raw = parts["weight_scale"]
+    grid = dataclasses.replace(scheme.grid, scale_dtype=SCALE_NAMES[raw.dtype])
+    scale = np.ascontiguousarray(raw.astype(np.float32)).reshape(1 if grid.group_size == PER_TENSOR else shape[0], -1)
+    zero_point = None if grid.symmetric else _zero_point(parts["weight_zero_point"], grid, scale.shape)
     return AffineTensor(_codes(parts, grid, shape, zero_point, where), scale, zero_point, grid)
+
+
+def _zero_point(raw: Array, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    if raw.dtype == np.int32:
+        return np.ascontiguousarray(kernels.unpack(np.ascontiguousarray(raw.T), grid.bits, shape[0]).T)
+    return np.ascontiguousarray(raw.reshape(shape))
 
 
 def layout(quantize: Quantize) -> str:
@@ -196,58 +247,38 @@ def count_zeros(weight: Weight) -> int:
     return weight.size - int(np.count_nonzero(weight))
 
 
-def _shape(parts: Mapping[str, Array], where: str) -> tuple[int, ...]:
-    for name in ("weight_shape", "weight.shape"):
-        if name in parts:
-            return tuple(int(size) for size in parts[name].reshape(-1))
+def _shape(parts: Mapping[str, Array | TensorInfo], where: str) -> tuple[int, ...]:
+    for name in SHAPES:
+        if isinstance(stored := parts.get(name), np.ndarray):
+            return tuple(int(size) for size in stored.reshape(-1))
     if "weight" not in parts:
-        raise BadCheckpoint(f"{where}: weight_shape is missing")
+        raise BadCheckpoint(f"{where}.weight_shape is missing; there are only {', '.join(sorted(parts))}")
     return parts["weight"].shape
 
 
 def _codes(
-    parts: Mapping[str, Array], grid: Grid, shape: tuple[int, ...], zero_point: Array | None, where: str
+    parts: Mapping[str, Array], grid: Grid, shape: tuple[int, int], zero_point: Array | None, where: str
 ) -> NDArray[np.int8]:
-    rows, columns = shape
     if "weight_packed" in parts:
-        raw = parts["weight_packed"]
-        if raw.dtype != np.int32 or raw.shape != (rows, packed.words(columns, grid.bits)):
-            raise BadCheckpoint(
-                f"{where}: weight_packed is {raw.dtype} {raw.shape}; {grid.bits} bits of {shape} are int32"
-                f" {(rows, packed.words(columns, grid.bits))}"
-            )
-        return kernels.unpack(raw, grid.bits, columns)
-    if "weight.bitmask" not in parts:
-        if "weight" not in parts:
-            raise BadCheckpoint(f"{where}: weight_packed is missing; there are only {', '.join(sorted(parts))}")
-        return parts["weight"].astype(np.int8, copy=False)
-    kept = _bits(parts, (rows, columns), where)
+        return kernels.unpack(parts["weight_packed"].reshape(shape[0], -1), grid.bits, shape[1])
+    if "weight.compressed" not in parts:
+        return parts["weight"].reshape(shape)
+    kept = bitmask.kept(parts["weight.bitmask"], shape[1])
     count = int(kept.sum())
     words = parts["weight.compressed"].reshape(1, -1)
-    if words.dtype != np.int32 or words.shape[1] != packed.words(count, grid.bits):
-        raise BadCheckpoint(f"{where}: the bitmask keeps {count} codes, weight.compressed has another number")
-    codes = np.zeros((rows, columns), np.int8) if zero_point is None else spread(zero_point, (rows, columns)).copy()
+    if words.shape[1] != packed.words(count, grid.bits):
+        raise BadCheckpoint(f"{where}.weight.compressed has another number of codes than the {count} of its bitmask")
+    codes = np.zeros(shape, np.int8) if zero_point is None else spread(zero_point, shape).copy()
     codes[kept] = kernels.unpack(words, grid.bits, count)[0]
     return codes
 
 
-def _bits(parts: Mapping[str, Array], shape: tuple[int, int], where: str) -> NDArray[np.bool_]:
-    mask = parts["weight.bitmask"]
-    if mask.dtype != np.uint8 or mask.shape != (shape[0], -(-shape[1] // 8)):
-        raise BadCheckpoint(f"{where}: weight.bitmask is {mask.dtype} {mask.shape}, which is wrong for weight {shape}")
-    return bitmask.kept(mask, shape[1])
-
-
-def decode_sparse(parts: Mapping[str, Array], where: str) -> BitmaskTensor:
-    """A module's bitmask and floats (named without "X.") → the sparse matrix."""
-    shape = _shape(parts, where)
-    if len(shape) != 2:
-        raise BadCheckpoint(f"{where}: weight.shape says {shape}; a bitmask is for a matrix")
-    kept = int(_bits(parts, (shape[0], shape[1]), where).sum())
+def _sparse_floats(parts: Mapping[str, Array], shape: tuple[int, int], where: str) -> BitmaskTensor:
+    kept = int(bitmask.kept(parts["weight.bitmask"], shape[1]).sum())
     values, offsets = parts["weight.compressed"], parts["weight.row_offsets"]
-    if values.shape != (kept,) or offsets.shape != (shape[0],):
-        raise BadCheckpoint(f"{where}: the bitmask keeps {kept} values, weight.compressed has {values.shape}")
-    return BitmaskTensor(values, parts["weight.bitmask"], offsets.astype(np.int64), (shape[0], shape[1]))
+    if values.shape != (kept,):
+        raise BadCheckpoint(f"{where}.weight.compressed has shape {values.shape}, its bitmask keeps {kept} numbers")
+    return BitmaskTensor(values, parts["weight.bitmask"], offsets, shape)
 
 
 def encode_sparse(matrix: Array) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput
 
 BLOCK = 32
+NAN = 255  # the one scale that is no number
 LARGEST = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)

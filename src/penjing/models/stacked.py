@@ -14,9 +14,8 @@ def unstack(checkpoint: Checkpoint) -> None:
 
     So they are read, compressed and written one by one, as published checkpoints have them. Those of families that only
     have them together (gpt-oss, Gemma 4) stay as they are, as does everything of a model that is not described.
+    Raises BadCheckpoint where config.json and the tensors contradict each other.
     """
-    if not any(len(info.shape) == 3 and ".experts." in name for name, info in checkpoint.infos.items()):
-        return
     try:
         config = read_family(checkpoint, checkpoint.config)
     except Unsupported:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Weight
 from ..errors import BadCheckpoint
+from ..formats import mxfp4
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
 from ..formats.mxfp4 import Mxfp4Tensor
 from ..kernels import Matrix, matrix_from
 from .cache import WeightCache
-from .config import LatentAttention, Linear, ModelConfig, Norm, Source
+from .config import Experts, LatentAttention, Linear, ModelConfig, Norm, Source
 from .layers import Array, LinearLayer
 
 # What products do with activations: "auto" is what is served by default, "float" keeps them as they are.
@@ -25,60 +26,50 @@ Activations: TypeAlias = Literal["auto", "float"]
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Every tensor that the model needs is there, or BadCheckpoint names the first that is not.
+    """Every tensor that the model needs is there, in the right shape and dtype, or BadCheckpoint names the first.
 
-    Shapes are compared too, except those of packed weights, which are only known once they are read.
+    Headers alone are read, those of packed weights included.
     """
-    _check_module(checkpoint, config.embedding, (config.vocab_size, config.hidden))
+    checkpoint.check_weight(config.embedding, (config.vocab_size, config.hidden))
     if (extra := config.per_layer) is not None:
         width = config.layers * extra.inner
-        _check_module(checkpoint, config.stem + extra.table, (extra.vocab_size, width))
-        _check_module(checkpoint, config.stem + extra.projection, (width, config.hidden))
+        checkpoint.check_weight(config.stem + extra.table, (extra.vocab_size, width))
+        checkpoint.check_weight(config.stem + extra.projection, (width, config.hidden))
         _check_norm(checkpoint, config.stem, extra.norm)
     for index, block in enumerate(config.blocks):
         prefix = f"{config.block(index)}."
         for norm in block.norms.values():
             _check_norm(checkpoint, prefix, norm)
+        experts = block.mlp.count if isinstance(block.mlp, Experts) else 0
         for linear in block.linears:
-            source = locate(checkpoint, prefix, linear)
-            _check_source(checkpoint, prefix, linear, source)
-            if linear.bias:
-                _check(checkpoint, f"{prefix}{source.bias}")
+            _check_linear(checkpoint, prefix, linear, experts)
         for vector in block.vectors.values():
-            _check(checkpoint, f"{prefix}{vector.name}", vector.shape)
+            checkpoint.check_tensor(f"{prefix}{vector.name}", vector.shape)
     _check_norm(checkpoint, config.stem, config.final_norm)
     if not config.tied_embeddings:
-        _check_module(checkpoint, config.head, (config.vocab_size, config.hidden))
-
-
-def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> None:
-    if name not in checkpoint.infos:
-        raise BadCheckpoint(f"{checkpoint.path}: tensor {name} is missing; config.json calls for it")
-    if shape is not None and checkpoint.infos[name].shape != shape:
-        raise _wrong_shape(checkpoint, name, checkpoint.infos[name].shape, shape)
+        checkpoint.check_weight(config.head, (config.vocab_size, config.hidden))
 
 
 def _check_norm(checkpoint: Checkpoint, prefix: str, norm: Norm) -> None:
     for name in (norm.weight, norm.bias):
         if name is not None:
-            _check(checkpoint, f"{prefix}{name}", (norm.size,))
+            checkpoint.check_tensor(f"{prefix}{name}", (norm.size,))
 
 
-def _check_module(checkpoint: Checkpoint, module: str, shape: tuple[int, ...]) -> None:
-    if not checkpoint.is_compressed(module):
-        _check(checkpoint, f"{module}.weight", shape)
-
-
-def _check_source(checkpoint: Checkpoint, prefix: str, linear: Linear, source: Source) -> None:
+def _check_linear(checkpoint: Checkpoint, prefix: str, linear: Linear, experts: int) -> None:
+    source = locate(checkpoint, prefix, linear)
     rows, columns = source.total or linear.shape[0], linear.shape[1]
-    name = f"{prefix}{source.name}"
+    name, all_of = f"{prefix}{source.name}", () if source.expert is None else (experts,)
     if source.expert is None:
-        _check_module(checkpoint, name, (rows, columns))
+        checkpoint.check_weight(name, (rows, columns))
     elif name in checkpoint.infos:
-        right = (columns, rows) if source.transposed else (rows, columns)
-        found = checkpoint.infos[name].shape
-        if found[1:] != right or found[0] <= source.expert:
-            raise _wrong_shape(checkpoint, name, found, (max(found[0], source.expert + 1), *right))
+        checkpoint.check_tensor(name, (experts, columns, rows) if source.transposed else (experts, rows, columns))
+    else:
+        groups = columns // mxfp4.BLOCK
+        checkpoint.check_tensor(f"{name}_blocks", (experts, rows, groups, mxfp4.BLOCK // 2), [np.uint8])
+        checkpoint.check_tensor(f"{name}_scales", (experts, rows, groups), [np.uint8])
+    if linear.bias:
+        checkpoint.check_tensor(f"{prefix}{source.bias}", (*all_of, rows))
 
 
 def _wrong_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], right: tuple[int, ...]) -> BadCheckpoint:
@@ -145,8 +136,10 @@ def _read_expert(checkpoint: Checkpoint, prefix: str, source: Source) -> NDArray
     name, expert = f"{prefix}{source.name}", source.expert or 0
     own, chosen = slice(expert, expert + 1), source.indices()
     if name not in checkpoint.infos:
-        parts = [checkpoint.read(f"{name}_{part}", own)[0] for part in ("blocks", "scales")]
-        return Mxfp4Tensor(*(part if chosen is None else part[chosen] for part in parts))
+        blocks, scales = (checkpoint.read(f"{name}_{part}", own)[0] for part in ("blocks", "scales"))
+        if (scales == mxfp4.NAN).any():
+            raise BadCheckpoint(f"{checkpoint.path}: tensor {name}_scales has a NaN (of expert {expert})")
+        return Mxfp4Tensor(*(part if chosen is None else part[chosen] for part in (blocks, scales)))
     whole = checkpoint.read(name, own)[0]
     matrix = whole.T if source.transposed else whole
     return np.ascontiguousarray(matrix if chosen is None else matrix[chosen])

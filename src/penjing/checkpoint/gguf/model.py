@@ -83,7 +83,7 @@ class GgufCheckpoint(Checkpoint):
         kinds = {view.stored.kind for view in map(self._view, self.infos) if len(view.shape) == 2}
         return tuple(sorted(kind.name.upper() for kind in kinds))
 
-    def read(self, stored_name: str, rows: slice | None = None) -> NDArray[Any]:
+    def _stored(self, stored_name: str, rows: slice | None) -> NDArray[Any]:
         view = self._view(stored_name)
         raw = self._raw(view, rows)
         numbers = ggml.decode(view.stored.kind, raw)
@@ -96,7 +96,13 @@ class GgufCheckpoint(Checkpoint):
         view = self._view(f"{module}.weight")
         if view.stored.kind.is_float:
             return self.read(view.name)
-        return _on_grid(view.stored.kind, self._raw(view, None))
+        found = _on_grid(view.stored.kind, self._raw(view, None))
+        if not np.isfinite(found.scale).all():
+            raise BadCheckpoint(f"{self.path}: tensor {view.name} has a step that is a NaN or an infinity")
+        return found
+
+    def check_weight(self, module: str, shape: tuple[int, int]) -> None:
+        self.check_tensor(f"{module}.weight", shape)
 
     def is_compressed(self, module: str) -> bool:
         view = self.infos.get(f"{module}.weight")

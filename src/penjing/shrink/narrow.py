@@ -135,7 +135,7 @@ class Block:
             else:
                 assert group.reader is not None
                 plain = self.config if not self.config.needs else units.Config("l2")
-                weight = self.checkpoint.read_finite(self._stored(group.reader))
+                weight = self.checkpoint.read(self._stored(group.reader))
                 self._keep(group, weight, Statistics(), plain)
 
     def choose_with(self, opened: OpenBlock) -> None:
@@ -185,7 +185,7 @@ class Block:
     def _maker(self, role: str, places: Indices) -> NDArray[Any]:
         """What makes each unit: (units, n)."""
         source = locate(self.checkpoint, self.prefix, self.linears[role])
-        stored = self.checkpoint.read_finite(f"{self.prefix}{source.name}.weight")
+        stored = self.checkpoint.read(f"{self.prefix}{source.name}.weight")
         rows = source.indices()
         return stored[places if rows is None else rows[places]].reshape(len(places), -1)
 
@@ -197,5 +197,5 @@ class Block:
         if self.config.way == "random":
             return float(np.random.default_rng([self.config.seed, number]).random())
         own = [linear for role, linear in self.linears.items() if expert_of(role)[0] == number]
-        weights = (self.checkpoint.read_finite(self._stored(linear)).astype(np.float32) for linear in own)
+        weights = (self.checkpoint.read(self._stored(linear)).astype(np.float32) for linear in own)
         return float(sum(np.square(weight).sum(dtype=np.float64) for weight in weights))

@@ -21,6 +21,10 @@ class PenjingError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """One line, whatever names a damaged file gave to what it holds: what cannot be printed is escaped."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class BadInput(PenjingError, ValueError):
     exit_code = 2

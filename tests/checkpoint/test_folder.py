@@ -66,6 +66,7 @@ BAD_FOLDERS = {
     "no index": (lambda f: _unlink(f, "model.safetensors.index.json"), "2 safetensors files and no"),
     "no config": (lambda f: _unlink(f, "config.json"), "config.json is missing"),
     "broken config": (lambda f: (f / "config.json").write_text('{"a": 1,\n'), "line 2 column 1"),
+    "config without end": (lambda f: (f / "config.json").write_text("[" * 200_000), "nested too deeply"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not an object"),
     "tensor not in its shard": (
         lambda f: _edit_index(f, {"a.weight": "model-2.safetensors", "b.weight": "model-2.safetensors"}),

@@ -96,6 +96,8 @@ DAMAGED = {
     "empty": (b"", "0 bytes"),
     "length beyond the file": (struct.pack("<Q", 1 << 40) + b"{}", "truncated, or not safetensors"),
     "not JSON": (raw_file(b"\xff\xfe{"), "header is not JSON"),
+    "without end": (raw_file(b"[" * 200_000), "nested too deeply"),
+    "a name of two lines": (raw_file({"w\nv": {"shape": [1]}}), r"tensor w\\nv: needs dtype"),
     "not an object": (raw_file([1]), "not an object"),
     "a name twice": (raw_file(b'{"w": {}, "w": {}}'), "'w' is in the header twice"),
     "no dtype": (raw_file({"w": {"shape": [1]}}), "tensor w: needs dtype"),

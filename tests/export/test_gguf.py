@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -12,8 +13,10 @@ import pytest
 
 from penjing import compress
 from penjing.checkpoint import open_checkpoint
+from penjing.checkpoint.gguf.file import Written, write_gguf
 from penjing.errors import BadCheckpoint, BadInput, Unsupported
 from penjing.export import export
+from penjing.formats import ggml
 from penjing.formats.affine import AffineTensor
 from penjing.models.tokenizer import Tokenizer
 from penjing.serve.service import _fingerprint
@@ -68,6 +71,78 @@ def test_what_is_cut_off_or_unknown_is_one_line(tmp_path: Path) -> None:
         export(NOVELIST, tmp_path / "n.gguf", "gguf", "q9")
     with pytest.raises(BadInput, match="is there"):
         export(NOVELIST, file, "gguf")
+
+
+def one_key(key: bytes, rest: bytes, size: int = 100) -> bytes:
+    """A file with one key and no tensor: what follows the key, then zeros up to its size."""
+    return (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + rest).ljust(size, b"\0")
+
+
+HOSTILE = {
+    "keys that cannot be there": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "cannot be in 24 bytes"),
+    "tensors that cannot be there": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "cannot be in 24 bytes"),
+    "more bytes than numbers can say": (one_key(b"k", struct.pack("<IIQ", 9, 10, (1 << 64) - 1)), "beyond the end"),
+    "more texts than bytes": (one_key(b"k", struct.pack("<IIQ", 9, 8, 1 << 63)), "beyond the end"),
+    "a text longer than the file": (one_key(b"k", struct.pack("<IQ", 8, 1 << 40)), "key k goes beyond the end"),
+    "an empty tensor": (
+        b"GGUF" + struct.pack("<IQQQ1sIQQIQ", 3, 1, 0, 1, b"t", 2, 32, 0, 2, 0),
+        r"tensor t has shape \(0, 32\)",
+    ),
+    "lists in lists": (one_key(b"k", struct.pack("<IIQ", 9, 9, 1)), "has type 9"),
+    "two lines in a name": (one_key(b"k\nl", struct.pack("<I", 99)), r"key k\\nl has type 99"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_are_one_line(case: str, tmp_path: Path) -> None:
+    raw, message = HOSTILE[case]
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(BadCheckpoint, match=message) as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.attention.head_count", 0, "head_count = 0, expected a whole number from 1 on"),
+        ("llama.attention.head_count_kv", "four", "head_count_kv = 'four', expected a whole number"),
+        ("llama.embedding_length", True, "embedding_length = True, expected a whole number"),
+        ("tokenizer.ggml.eos_token_id", ["a"], "expected the number of a token"),
+    ],
+)
+def test_keys_that_make_no_sense_are_named(key: str, value: object, message: str, tmp_path: Path) -> None:
+    tensors = [Written("token_embd.weight", ggml.KINDS["f32"], (4, 32), [np.zeros(512, np.uint8)])]
+    keys = {f"llama.{name}": 2 for name in ("attention.head_count", "block_count", "feed_forward_length")}
+    keys |= {"general.architecture": "llama", "llama.embedding_length": 32, "llama.context_length": 8}
+    write_gguf(tmp_path / "m.gguf", keys, tensors)
+    open_checkpoint(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", keys | {key: value}, tensors)
+    with pytest.raises(BadCheckpoint, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rope_freqs.weight", "q8_0"), ("rope_factors_short.weight", "f32")])
+def test_rotary_factors_that_cannot_be_read_are_named(name: str, kind: str, tmp_path: Path) -> None:
+    tensors = [Written("token_embd.weight", ggml.KINDS["f32"], (4, 32), [np.zeros(512, np.uint8)])]
+    size = ggml.KINDS[kind].row_bytes(32)
+    tensors.append(Written(name, ggml.KINDS[kind], (32,), [np.zeros(size, np.uint8)]))
+    keys = {f"llama.{each}": 2 for each in ("attention.head_count", "block_count", "feed_forward_length")}
+    keys |= {"general.architecture": "llama", "llama.embedding_length": 32, "llama.context_length": 8}
+    write_gguf(tmp_path / "m.gguf", keys, tensors)
+    with pytest.raises(
+        BadCheckpoint, match="expected F32" if kind == "q8_0" else "rope_factors_long.weight is missing"
+    ):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_header_as_long_as_the_memory_is_not_read(tmp_path: Path) -> None:
+    """Of a file that takes no room on the disk."""
+    with open(tmp_path / "m.gguf", "wb") as file:
+        file.write(one_key(b"k", struct.pack("<IIQ", 9, 0, 1 << 40)))
+        file.truncate(1 << 41)
+    with pytest.raises(BadCheckpoint, match="bytes of header: damaged"):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_the_commands_take_a_file(tmp_path: Path) -> None:

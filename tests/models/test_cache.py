@@ -143,6 +143,26 @@ def test_activations_have_a_file_each(folder, tmp_path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_a_file_of_nobody_knows_where_is_no_trouble_to_others(folder, tmp_path) -> None:
+    body = b'{"identity":{},"sections":[]}'
+    end = caching._END.pack(caching.MAGIC, caching.FORMAT, 0, 0, len(body), caching.checksum(body))
+    (tmp_path / "cache").mkdir()
+    strange = tmp_path / "cache" / "strange.weights"
+    strange.write_bytes(body + end)
+    np.testing.assert_array_equal(cached(folder), packed(folder))
+    assert hit(folder)
+
+
+def test_an_index_longer_than_any_is_not_read(folder) -> None:
+    cached(folder)
+    path, length = file_of(folder), caching.MAX_INDEX_BYTES + 1
+    with open(path, "wb") as file:
+        file.seek(length)
+        file.write(caching._END.pack(caching.MAGIC, caching.FORMAT, 0, 0, length, 0))
+    with open(path, "rb") as file, pytest.raises(caching.DamagedCache, match="not where it should be"):
+        caching.read_index(file.fileno())
+
+
 def test_whatever_byte_is_damaged_the_model_computes_the_same(folder, caplog) -> None:
     expected = cached(folder)
     path, right = file_of(folder), file_of(folder).read_bytes()

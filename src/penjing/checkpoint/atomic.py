@@ -76,5 +76,7 @@ def read_json(path: Path, error: type[BadInput]) -> Any:
         raise error(f"{path}: not JSON, line {why.lineno} column {why.colno}: {why.msg}") from None
     except UnicodeDecodeError:
         raise error(f"{path}: not JSON: its bytes are not UTF-8") from None
+    except RecursionError:
+        raise error(f"{path}: nested too deeply") from None
     except OSError as why:
         raise error(f"{path}: {why.strerror}") from None

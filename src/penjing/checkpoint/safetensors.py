@@ -139,6 +139,8 @@ class SafetensorsFile:
             header = json.loads(raw.tobytes(), object_pairs_hook=self._no_duplicates)
         except ValueError as error:
             raise BadCheckpoint(f"{self.path}: the header is not JSON: {error}") from None
+        except RecursionError:
+            raise BadCheckpoint(f"{self.path}: the header is nested too deeply") from None
         if not isinstance(header, dict):
             raise BadCheckpoint(f"{self.path}: the header is not an object of tensors")
         metadata = header.pop("__metadata__", {})

@@ -31,6 +31,7 @@ log = logging.getLogger("penjing.models")
 SUFFIX = ".weights"
 SMALLEST = 64 << 20  # bytes of a checkpoint; smaller ones are packed in the time that it takes to look
 MAGIC, FORMAT = b"PENJINGW", 1
+MAX_INDEX_BYTES = 1 << 28
 _END = struct.Struct("<8sIIQQQ")  # magic, format, nothing, where the index is, its bytes, its checksum
 
 
@@ -153,7 +154,7 @@ class WeightCache:
         """Remove the files of models that are gone, and what writers of this file that were killed have left."""
         for other in self.path.parent.glob(f"*{SUFFIX}"):
             with contextlib.suppress(OSError, DamagedCache), open(other, "rb") as file:
-                if not Path(read_index(file.fileno()).identity["place"]).exists():
+                if not Path(read_index(file.fileno()).identity.get("place", "")).exists():
                     other.unlink()
         for left in self.path.parent.glob(f"{self.path.name}.*{TEMPORARY}"):
             with contextlib.suppress(OSError), open(left, "rb") as file:
@@ -190,7 +191,7 @@ def read_index(file: int) -> Index:
     magic, format, _, start, length, checked = _END.unpack(os.pread(file, _END.size, size - _END.size))
     if magic != MAGIC or format != FORMAT:
         raise DamagedCache("it does not end as a cache does")
-    if start + length + _END.size != size:
+    if start + length + _END.size != size or length > MAX_INDEX_BYTES:
         raise DamagedCache("its index is not where it should be")
     body = os.pread(file, length, start)
     if len(body) != length or checksum(body) != checked:

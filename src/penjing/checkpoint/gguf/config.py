@@ -46,6 +46,14 @@ class Keys:
             raise BadCheckpoint(f"{self._file.path}: key {self.architecture.name}.{key} is missing")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 on; without a default the key must be there."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if type(value) is not int or value < 1:
+            name = f"{self.architecture.name}.{key}"
+            raise BadCheckpoint(f"{self.path}: key {name} = {value!r}, expected a whole number from 1 on")
+        return value
+
     @property
     def path(self) -> Path:
         return self._file.path
@@ -54,10 +62,18 @@ class Keys:
         return tensor in self._file.tensors
 
     def factors(self, tensor: str) -> list[float]:
+        found = self._file.tensors.get(tensor)
+        if found is None or found.kind.name != "f32":
+            what = "is missing" if found is None else f"is in format {found.kind.name.upper()}, expected F32"
+            raise BadCheckpoint(f"{self.path}: tensor {tensor} {what}")
         return [float(each) for each in self._file.read(tensor).view("<f4").reshape(-1)]
 
-    def token(self, name: str) -> Any:
-        return self._file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    def token(self, name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self._file.metadata.get(key)
+        if value is not None and type(value) is not int:
+            raise BadCheckpoint(f"{self.path}: key {key} = {value!r}, expected the number of a token")
+        return value
 
 
 def read_config(file: GgufFile) -> dict[str, Any]:
@@ -66,15 +82,15 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise BadCheckpoint(f"{file.path}: tensor token_embd.weight is missing")
-    name, heads = keys.architecture.name, keys.need("attention.head_count")
+    name, heads = keys.architecture.name, keys.count("attention.head_count")
     if keys.get("expert_count", 0):
         raise Unsupported(f"{file.path}: {name}.expert_count: GGUF files of mixtures of experts are not read")
-    ends = {keys.token(each) for each in ("eos", "eot", "eom")} - {None}
+    ends = {token for each in ("eos", "eot", "eom") if (token := keys.token(each)) is not None}
     config = {
         "model_type": keys.architecture.families[0],
         **{theirs: keys.need(ours) for theirs, ours in _SAME.items()},
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": keys.get("attention.key_length", keys.need("embedding_length") // heads),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": keys.count("attention.key_length", max(keys.count("embedding_length") // heads, 1)),
         "intermediate_size": keys.need("feed_forward_length"),
         "max_position_embeddings": keys.need("context_length"),
         "rms_norm_eps": keys.get("attention.layer_norm_rms_epsilon", 1e-5),
@@ -95,9 +111,10 @@ def _rope(keys: Keys) -> dict[str, Any]:
     """Rotary positions; factors of single pairs, which llama.cpp keeps in a tensor, as LongRoPE's."""
     theta, kind = keys.get("rope.freq_base", 10000.0), keys.get("rope.scaling.type")
     longest, rope = keys.need("context_length"), {"rope_theta": theta}
-    width = keys.get("rope.dimension_count")
-    if width is not None and (head := keys.get("attention.key_length")) and width != head:
-        rope["partial_rotary_factor"] = width / head
+    if keys.get("rope.dimension_count") is not None and keys.get("attention.key_length") is not None:
+        width, head = keys.count("rope.dimension_count"), keys.count("attention.key_length")
+        if width != head:
+            rope["partial_rotary_factor"] = width / head
     if keys.has(ROPE_SHORT):
         original = keys.get("rope.scaling.original_context_length", longest)
         rope |= {"rope_type": "longrope", "short_factor": keys.factors(ROPE_SHORT)}

@@ -28,6 +28,7 @@ MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")))
 _MOST_DIMENSIONS = 4
+MAX_HEADER_BYTES = 1 << 28  # the largest vocabularies take a tenth
 # Formats that exist and are not read, by number: errors name them.
 _OTHERS = {
     **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"},
@@ -134,11 +135,13 @@ class _Header:
     def _take(self, count: int) -> bytes:
         if count > self._size - self._file.tell():
             raise BadCheckpoint(f"{self._path}: truncated: {self._what} goes beyond the end of the file")
+        if count > MAX_HEADER_BYTES - self._file.tell():
+            raise BadCheckpoint(f"{self._path}: {self._what} goes beyond {MAX_HEADER_BYTES} bytes of header: damaged")
         return self._file.read(count)
 
     def _numbers(self, code: str, count: int) -> tuple[Any, ...]:
-        form = f"<{count}{code}"
-        return struct.unpack(form, self._take(struct.calcsize(form)))
+        raw = self._take(count * struct.calcsize(f"<{code}"))
+        return struct.unpack(f"<{count}{code}", raw)
 
     def _text(self) -> str:
         raw = self._take(self._numbers("Q", 1)[0])
@@ -190,6 +193,8 @@ class _Header:
             called = _OTHERS.get(number, f"number {number}")
             known = ", ".join(name.upper() for name in ggml.KINDS)
             raise Unsupported(f"{self._path}: tensor {name} is in format {called}; read are {known}")
+        if 0 in shape:
+            raise BadCheckpoint(f"{self._path}: tensor {name} has shape {shape}, expected no axis of 0")
         if shape[-1] % kind.size:
             raise BadCheckpoint(
                 f"{self._path}: tensor {name} has rows of {shape[-1]}, {kind.name.upper()} has blocks of {kind.size}"

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from penjing import kernels, models
 from penjing.cli import main
 from penjing.engine.bench import bench, bytes_read_per_token
 from penjing.errors import BadInput
+from tiny_llama import llama_tensors, make_model
 
 NOVELIST = Path(__file__).parents[2] / "examples" / "novelist"
 
@@ -57,3 +59,26 @@ def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         bench(NOVELIST, contexts=[0])
     with pytest.raises(BadInput, match="runs=0"):
         bench(NOVELIST, runs=0)
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "penjing", "bench", str(folder), "--runs", "1", *options]
+    return subprocess.run(program, capture_output=True, text=True, timeout=60)
+
+
+def test_streams_that_fail_have_no_speed(tmp_path: Path) -> None:
+    """Numbers that are finite, and overflow as they are multiplied: 0.0 tokens a second is no answer."""
+    tensors = {name: array.astype(np.float32) for name, array in llama_tensors().items()}
+    tensors["lm_head.weight"] *= np.float32(1e38)
+    folder = make_model(tmp_path / "model", tensors, max_position_embeddings=256)
+    ended = run(folder, "--json")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "decode-0: the model's logits are not finite" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_more_streams_than_the_budget_holds_are_refused_with_the_numbers() -> None:
+    ended = run(NOVELIST, "--memory-budget", "200MB", "--decode-tokens", "100", "--kv-cache-dtype", "float32")
+    assert ended.returncode == 1
+    assert "8 streams of 116 tokens take 32 blocks of cache" in ended.stderr
+    assert ended.stderr.count("\n") == 1

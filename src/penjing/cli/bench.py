@@ -21,6 +21,7 @@ def bench(
         None, metavar="N,…", help="Decode one stream after prompts of these lengths as well, e.g. 100,4000."
     ),
     kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
+    memory_budget: str | None = typer.Option(None, metavar="SIZE", help="For weights, caches and all, e.g. 4GiB."),
     weight_cache: bool = WEIGHT_CACHE,
     json_output: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
@@ -31,7 +32,7 @@ def bench(
     import json
 
     from ..engine.bench import bench as measure
-    from ._common import progress_bar, say_notes
+    from ._common import parse_size, progress_bar, say_notes
 
     say_notes(model)
     with progress_bar("measuring") as progress:
@@ -42,6 +43,7 @@ def bench(
             decode_tokens=decode_tokens,
             contexts=_lengths(contexts),
             kv_cache_dtype=kv_cache_dtype,
+            memory_budget=parse_size(memory_budget, "--memory-budget") if memory_budget is not None else None,
             weight_cache=weight_cache,
             progress=progress,
         )

@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from .. import hardware
-from ..errors import BadInput
+from ..errors import BadInput, OutOfBudget, PenjingError
 from ..models import Model
-from .blocks import BLOCK
+from .blocks import BLOCK, blocks_for
 from .engine import Engine
-from .messages import Load, Request, SamplingParams
+from .messages import Event, Load, Ready, Request, SamplingParams
 from .process import load
 
 PREFILL_TOKENS = 512
@@ -105,14 +105,16 @@ def bench(
     decode_tokens: int = 64,
     contexts: Sequence[int] = (),
     kv_cache_dtype: str = "auto",
+    memory_budget: int | None = None,
     weight_cache: bool = False,
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> Benchmark:
     """Measure prefill of a 512-token prompt and decode of 1 and of 8 streams: the median of ``runs``, greedy.
 
     threads: all cores by default.  decode_tokens: written in each stream, after a prompt of 16.
-    contexts: lengths of prompts after which one stream is measured as well.  kv_cache_dtype, weight_cache:
-    as for `serve`.  Raises BadInput if the model's window is too short for that.
+    contexts: lengths of prompts after which one stream is measured as well.  kv_cache_dtype, memory_budget,
+    weight_cache: as for `serve`.  Raises BadInput if the model's window is too short for that, OutOfBudget
+    if memory is, and PenjingError with the reason when a stream fails.
     """
     if runs < 1 or decode_tokens < 2 or min(contexts, default=1) < 1:
         raise BadInput(
@@ -126,14 +128,12 @@ def bench(
         max_num_batched_tokens=PREFILL_TOKENS,
         threads=threads,
         kv_cache_dtype=kv_cache_dtype,
+        memory_budget=memory_budget,
         weight_cache=weight_cache,
     )
     engine, ready = load(settings)
-    window = engine.limits.max_model_len
-    longest = max([DECODE_PROMPT, *contexts])
-    if window < longest + decode_tokens:
-        raise BadInput(f"{model}: {longest} + {decode_tokens} tokens do not fit into its window of {window}")
-    prompt_length = min(PREFILL_TOKENS, window - 1)
+    _check_room(str(model), engine, ready, max([DECODE_PROMPT, *contexts]), decode_tokens)
+    prompt_length = min(PREFILL_TOKENS, engine.limits.max_model_len - 1)
     total = runs * (1 + len(STREAMS) + len(contexts)) + 1
     done = iter(range(1, total + 1))
     prefill: list[float] = []
@@ -175,13 +175,25 @@ def bench(
     )
 
 
+def _check_room(model: str, engine: Engine, ready: Ready, longest: int, decode_tokens: int) -> None:
+    window, room = engine.limits.max_model_len, engine.limits.blocks
+    if window < longest + decode_tokens:
+        raise BadInput(f"{model}: {longest} + {decode_tokens} tokens do not fit into its window of {window}")
+    streams, length = max(STREAMS), DECODE_PROMPT + decode_tokens
+    if (blocks := streams * blocks_for(length)) > room:
+        raise OutOfBudget(
+            f"{model}: {streams} streams of {length} tokens take {blocks} blocks of cache ({BLOCK} positions, "
+            f"{ready.block_bytes:,} bytes each); the memory budget has room for {room}"
+        )
+
+
 def _prefill(engine: Engine, length: int, run: int) -> float:
     """Tokens per second from the request to its first token; no run finds the prompt of another in the cache."""
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     request = Request("prefill", _random_tokens(engine, length), params, cache_salt=f"run {run}")
     start = time.perf_counter()
-    for _ in engine.run(request):
-        pass
+    for event in engine.run(request):
+        _check(event)
     return length / (time.perf_counter() - start)
 
 
@@ -195,11 +207,25 @@ def _decode(engine: Engine, streams: int, tokens: int, prompt: int = DECODE_PROM
         engine.add(Request(f"decode-{stream}", _random_tokens(engine, prompt, seed=stream), params))
     written = 0
     while written < streams:
-        written += sum(len(event.tokens) for event in engine.step())
+        written += _step(engine)
     start, already = time.perf_counter(), written
     while engine.has_work:
-        written += sum(len(event.tokens) for event in engine.step())
+        written += _step(engine)
     return (written - already) / (time.perf_counter() - start)
+
+
+def _step(engine: Engine) -> int:
+    """Tokens that a step wrote."""
+    events = engine.step()
+    for event in events:
+        _check(event)
+    return sum(len(event.tokens) for event in events)
+
+
+def _check(event: Event) -> None:
+    """A stream that fails has no speed; raises PenjingError."""
+    if event.error is not None:
+        raise PenjingError(f"{event.request_id}: {event.error}")
 
 
 def _random_tokens(engine: Engine, count: int, seed: int = 0) -> list[int]:

@@ -322,7 +322,9 @@ _GOALS = {
     "smallest": Rule(("*",), Quantize("gptq", bits=3, symmetric=False, options={"sweeps": 8})),
     "gpu": Rule(("*",), Quantize("gptq")),
 }
-PRESETS = (*_GOALS, *_SCHEMES, "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
+# What guesses ahead of a model (`--draft`): as few bytes as still guess well, head and embedding too.
+_DRAFT = Recipe((Rule(("*",), Quantize("hqq", bits=3, group_size=64, symmetric=False)),), IGNORE[3:])
+PRESETS = (*_GOALS, *_SCHEMES, "draft", "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
 # A quantizer → the method that prunes and quantizes in one as it does; what pruning is added to such a rule by.
 _JOINTLY = {"gptq": "joint"}
 
@@ -332,6 +334,8 @@ def preset(name: str) -> Recipe:
     word = name.lower()
     if word in _GOALS:
         return Recipe((_GOALS[word],))
+    if word == "draft":
+        return _DRAFT
     scheme, _, percent = word.partition("sparse")
     scheme = scheme.removesuffix("-")
     known = scheme in _SCHEMES or (not scheme and percent)

@@ -120,6 +120,24 @@ def test_sampled_texts_are_the_same_too(guesser: str, peak: float) -> None:
         assert engine.stats().accepted > 0 or (guesser, peak) == ("prompt", 3)  # such a text repeats nothing
 
 
+@pytest.mark.parametrize("wrong", [None, 2])
+def test_what_is_drawn_with_a_draft_has_the_models_own_probabilities(wrong: int | None) -> None:
+    """χ² of the second token, where the first is the likeliest, against the softmax of the logits; the draft is sure
+    of the likeliest, or of another."""
+    model = Toy(peak=4)
+    engine = Engine(model, LIMITS, speculation=Speculation(draft(model, Toy(wrong=wrong, weights_bytes=10)), 4))
+    texts = [write(engine, "a", [3], temperature=1, seed=seed, max_tokens=4) for seed in range(3000)]
+    counts = np.bincount([text[1] for text in texts if text[0] == 4], minlength=VOCABULARY)
+    row = model.logits([3, 4]).astype(np.float64)
+    expected = np.exp(row) / np.exp(row).sum() * counts.sum()
+    likely = expected >= 5
+    found, right = (np.append(each[likely], each[~likely].sum()) for each in (counts, expected))
+    freedom = len(found) - 1
+    assert counts.sum() > 500
+    assert engine.stats().guessed > 1000
+    assert ((found - right) ** 2 / right).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
 def test_logprobs_come_with_every_token() -> None:
     model = Toy()
     engine = Engine(model, LIMITS, speculation=Speculation(draft(model, Toy(weights_bytes=10)), 5))

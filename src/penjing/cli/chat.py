@@ -28,7 +28,11 @@ def chat(
     kv_cache_dtype: str = typer.Option("auto", help="float32, float16, bfloat16, int8 or int4; auto is float16."),
     memory_budget: str | None = typer.Option(None, metavar="SIZE", help="For weights and cache, e.g. 4GiB."),
     speculative: str | None = typer.Option(
-        None, metavar="prompt|MODEL", help="Guess ahead from the prompt, or by a smaller copy of the model; same text."
+        None,
+        "--speculative",
+        "--draft",
+        metavar="prompt|MODEL",
+        help="Guess ahead from the prompt, or by a smaller copy of the model; same text.",
     ),
     num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     threads: int | None = typer.Option(None, min=1, help="Threads; all cores by default."),

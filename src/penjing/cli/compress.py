@@ -16,7 +16,8 @@ def compress(
     model: str = typer.Argument(..., metavar="MODEL", help="The folder of a Hugging Face model."),
     output: Path = typer.Option(..., "-o", "--output", metavar="OUT", help="Folder for the result: empty or new."),
     recipe: str | None = typer.Option(
-        None, help=f"A file (YAML, JSON) or a preset: {', '.join(PRESETS[:8])}, int4-sparse50 … With text: balanced."
+        None,
+        help=f"A file (YAML, JSON) or a preset: {', '.join(PRESETS[:8])}, int4-sparse50, draft … With text: balanced.",
     ),
     method: str | None = typer.Option(None, help=f"Quantization method: {', '.join(QUANTIZERS)}."),
     bits: int | None = typer.Option(None, help="Bits of a weight, 2 to 8."),

@@ -33,7 +33,11 @@ def serve(
         "fcfs", help="fcfs, or priority: a request's priority counts, lower is earlier."
     ),
     speculative: str | None = typer.Option(
-        None, metavar="prompt|MODEL", help="Guess ahead from the prompt, or by a smaller copy of the model; same text."
+        None,
+        "--speculative",
+        "--draft",
+        metavar="prompt|MODEL",
+        help="Guess ahead from the prompt, or by a smaller copy of the model; same text.",
     ),
     num_speculative_tokens: int = typer.Option(5, min=1, help="Tokens that are guessed at once, at most."),
     memory_budget: str | None = typer.Option(

@@ -41,7 +41,7 @@ from .messages import (
     encoder,
 )
 from .scheduler import Limits
-from .speculate import Draft, Guesser, PromptLookup, Speculation
+from .speculate import Draft, Guesser, PromptLookup, Speculation, check_tokens
 
 HEADER = struct.Struct("<I")
 
@@ -90,6 +90,8 @@ def load(settings: Load) -> tuple[Engine, Ready]:
             f"{settings.folder}: its recurrent state cannot be taken back, so nothing can be guessed; "
             "leave --speculative away"
         )
+    if drafts is not None:
+        check_tokens(drafts, checkpoint)
     budget.check_weights(stored + (drafts.size_bytes if drafts else 0), total)
     # Before anything is read, with the least that it can take.
     budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)

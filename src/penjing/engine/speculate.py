@@ -7,14 +7,17 @@ sampled, whatever was guessed. Wrong guesses cost time, so there are as many as 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint import Checkpoint
 from ..errors import BadInput, PenjingError, Unsupported
 from ..kernels import Sampler
 from ..models.step import Chunk, StepModel
@@ -76,6 +79,25 @@ class PromptLookup:
         return None
 
     def forget(self, id: str) -> None: ...
+
+
+def check_tokens(draft: Checkpoint, target: Checkpoint) -> None:
+    """BadInput if a draft's tokenizer gives other numbers to tokens: its guesses would be at another text."""
+    first, second = (_tokens(each) for each in (draft, target))
+    if first is not None and second is not None and first != second:
+        raise BadInput(
+            f"{draft.path}: its tokenizer is not that of {target.path}; a draft is a smaller copy of the same model"
+        )
+
+
+def _tokens(checkpoint: Checkpoint) -> tuple[Any, Any] | None:
+    """What tokenizer.json numbers; None without one, which whoever reads text will say better."""
+    stored = checkpoint.side_files.get("tokenizer.json")
+    try:
+        values = json.loads(stored.read_bytes() if isinstance(stored, Path) else stored or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return (values.get("model"), values.get("added_tokens")) if isinstance(values, dict) else None
 
 
 class Draft:

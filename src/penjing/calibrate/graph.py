@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
-from transformers.utils import logging
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.blocks import layer_of, order_blocks
 from ..errors import BadCheckpoint, Unsupported
+from ..models.foreign.empty import build_empty, quietly
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Graph:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
-        with _quietly():
+        with quietly():
             self.model = _empty(checkpoint)
             self.parts = _match(self.model, checkpoint)
         for name, buffer in list(self.model.named_buffers()):
@@ -334,20 +333,6 @@ def as_rows(tensor: Tensor, part: Part) -> Tensor:
     return tensor.view(1, -1) if part.converter is None else tensor.view(-1, 1)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars and advice."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _empty(checkpoint: Checkpoint) -> Any:
     """The graph, its parameters without memory, its buffers computed. Code from the folder never runs."""
     where, family = checkpoint.path, checkpoint.config.get("model_type")
@@ -361,35 +346,15 @@ def _empty(checkpoint: Checkpoint) -> Any:
     names = checkpoint.config.get("architectures") or [None]
     kind = getattr(transformers, str(names[0]), None)
     known = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    try:
+
+    def build() -> Any:
         config = transformers.CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))
         config._experts_implementation = "eager"  # one product an expert, which shows what each of them is given
-        with _parameters_without_memory(), torch.no_grad():
-            if known:
-                graph = kind._from_config(config, dtype=torch.float32)  # type: ignore[union-attr]
-            else:
-                graph = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # whatever a family's own code says to values that it does not expect
-        reason = " ".join(str(error).split())[:200]
-        raise Unsupported(f"{where}: model_type = {family!r}: transformers cannot build it: {reason}") from None
-    return graph.eval()
+        if known:
+            return kind._from_config(config, dtype=torch.float32)  # type: ignore[union-attr]
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
-
-@contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Within it, every parameter that a module registers goes to the meta device; buffers stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return build_empty(checkpoint, build).eval()
 
 
 def _match(graph: Any, checkpoint: Checkpoint) -> dict[str, Part]:

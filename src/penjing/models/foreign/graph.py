@@ -27,7 +27,8 @@ from ..outline import Outline
 from ..step import Chunk, Logprobs, Result
 from ..weights import Activations
 from . import TORCH_WAITS
-from .load import load_graph, quietly
+from .empty import quietly
+from .load import load_graph
 from .weights import Experts, KernelWeight
 
 KV_TYPE = "float32"

@@ -6,8 +6,6 @@ transformers renames or puts together as it loads (experts, mostly) go the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +25,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from ...checkpoint import Checkpoint
 from ...checkpoint.folder import module_of
 from ...errors import BadCheckpoint, Unsupported
 from ...kernels import Matrix, matrix_from
 from ..weights import Activations, make_matrix
+from .empty import build_empty, quietly
 from .weights import Experts, KernelWeight
 
 
@@ -56,20 +54,6 @@ def load_graph(checkpoint: Checkpoint, activations: Activations = "auto") -> Any
     return graph.eval()
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and advice, which is about how to make transformers faster."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _empty(checkpoint: Checkpoint) -> Any:
     """The graph, its parameters without memory, its buffers computed. Code from the folder never runs."""
     family = checkpoint.config.get("model_type")
@@ -77,35 +61,15 @@ def _empty(checkpoint: Checkpoint) -> Any:
         raise Unsupported(
             f"{checkpoint.path}: model_type = {family!r}: neither Penjing nor transformers {version} knows this family"
         )
-    try:
+
+    def build() -> Any:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
         config.__dict__.pop("quantization_config", None)  # how weights are stored is the checkpoint's to know
-        with _parameters_without_memory(), torch.no_grad():
-            graph = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # whatever a family's own code says to values that it does not expect
-        reason = " ".join(str(error).split())[:200]
-        raise Unsupported(
-            f"{checkpoint.path}: model_type = {family!r}: transformers cannot build it: {reason}"
-        ) from None
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+    graph = build_empty(checkpoint, build)
     graph.config._experts_implementation = "eager"  # one product an expert, as its weights are stored
     return graph
-
-
-@contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Within it, every parameter that a module registers goes to the meta device; buffers stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass

@@ -57,7 +57,7 @@ native: ## build the native library in place, for work in the source tree (PYTHO
 
 # The library is checked from within an ordinary Python, so its run-time parts are loaded first; what Python itself
 # leaks is not our matter.
-asan: ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTHON needs the test packages)
+asan: ## the kernel, format and decoder tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTHON needs the test packages)
 	cmake -S . -B build/asan -G Ninja -DPENJING_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug \
 	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') >/dev/null
 	cmake --build build/asan
@@ -65,7 +65,7 @@ asan: ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer 
 	cp build/asan/native/_native.*.so build/asan/site/penjing/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/site \
-	  $(PYTHON) -m pytest tests/kernels tests/formats -q -p no:cacheprovider -k "not compressed_tensors and not torch"
+	  $(PYTHON) -m pytest tests/kernels tests/formats tests/models/test_step.py -q -p no:cacheprovider --capture=sys -k "not compressed_tensors and not torch"
 
 fuzz: $(VENV)/.installed ## damage small models for a minute; whatever is neither refused in one line nor computed is a bug
 	$(BIN)/python -W ignore tests/fuzz_loader.py --seconds 60 --seed "$$(date +%s)"

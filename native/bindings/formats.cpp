@@ -178,8 +178,10 @@ std::tuple<nb::object, nb::object> settle_columns(const In &base, const In &coup
   nb::object errors = numpy_array(shape, 2, &error), rounded = nb::none();
   if (scale)
     rounded = numpy_array(shape, 2, &codes);
-  nb::gil_scoped_release release;
-  settle(columns, scale ? &steps : nullptr, codes, error);
+  {
+    nb::gil_scoped_release release;
+    settle(columns, scale ? &steps : nullptr, codes, error);
+  }
   return {rounded, errors};
 }
 

@@ -49,6 +49,7 @@ def compress(
     shrink_method: str | None = typer.Option(
         None, help="How these are chosen: obs or wanda; l1, l2, random need no data."
     ),
+    multiple: int | None = typer.Option(None, min=1, help="Neurons that stay come in multiples of it; 64."),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -123,6 +124,7 @@ def compress(
             prune_heads=prune_heads,
             prune_experts=prune_experts,
             shrink_method=shrink_method,
+            multiple=multiple,
             ignore=ignore or None,
             seed=seed,
         )

@@ -40,6 +40,7 @@ const Elements &elements() {
 #if defined(__x86_64__)
     switch (active_isa()) {
     case Isa::avx512_vnni: return avx512_vnni::element_table;
+    case Isa::avx_vnni:
     case Isa::avx2: return avx2::element_table;
     default: break;
     }

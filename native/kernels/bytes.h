@@ -161,28 +161,36 @@ template <bool wide>
 struct Quad {
   __m256i all;
 };
+#if !defined(__AVXVNNI__)
 template <>
 struct Quad<true> {
   __m256i even, odd;
 };
+#endif
 template <bool wide>
 PENJING_INLINE Quad<wide> quad(const int8_t *p) {
   int32_t four;
   std::memcpy(&four, p, 4);
   const __m256i all = _mm256_set1_epi32(four);
+#if !defined(__AVXVNNI__)
   if constexpr (wide)
     return {_mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8), _mm256_srai_epi16(all, 8)};
   else
+#endif
     return {all};
 }
 template <bool wide>
 PENJING_INLINE __m256i half_dot(__m256i sum, __m256i w, Quad<wide> x) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, w, x.all);
+#else
   if constexpr (wide) {
     const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
     return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd)));
   } else {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x.all), _mm256_set1_epi16(1)));
   }
+#endif
 }
 template <bool wide>
 PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {

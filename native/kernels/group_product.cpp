@@ -14,10 +14,14 @@ constexpr int few_rows = group_few / 2;
 constexpr bool lookup_is_fast = true;
 constexpr int tile_rows = 5, tile_panels = 1; // a sum takes four registers of 32
 constexpr int few_rows = 4;
+#elif defined(__AVXVNNI__)
+constexpr bool lookup_is_fast = true;
+constexpr int tile_rows = 2, tile_panels = 2;
+constexpr int few_rows = 4; // a sum takes two registers of 16
 #elif defined(__AVX2__)
 constexpr bool lookup_is_fast = true;
 constexpr int tile_rows = 2, tile_panels = 2;
-constexpr int few_rows = group_few / 2;
+constexpr int few_rows = 5; // eight are 1.15 times as fast at eight, in twice the code
 #else
 constexpr bool lookup_is_fast = false;
 constexpr int tile_rows = 2, tile_panels = 1;

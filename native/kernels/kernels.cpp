@@ -44,6 +44,18 @@ using Function = std::remove_pointer_t<Pointer>;
 PENJING_TABLE(scalar)
 #if defined(__x86_64__)
 PENJING_TABLE(avx2)
+namespace avx_vnni { // integer products of its own, and all else of AVX2
+Function<decltype(Kernels::int8_product)> int8_product;
+Function<decltype(Kernels::group_product)> group_product;
+Function<decltype(Kernels::group_panel)> group_panel;
+constexpr Kernels table = [] {
+  Kernels all = avx2::table;
+  all.int8_product = int8_product;
+  all.group_product = group_product;
+  all.group_panel = group_panel;
+  return all;
+}();
+} // namespace avx_vnni
 PENJING_TABLE(avx512_vnni)
 #elif defined(__aarch64__)
 PENJING_TABLE(neon)
@@ -54,6 +66,7 @@ const Kernels &kernels() {
 #if defined(__x86_64__)
     switch (active_isa()) {
     case Isa::avx512_vnni: return avx512_vnni::table;
+    case Isa::avx_vnni: return avx_vnni::table;
     case Isa::avx2: return avx2::table;
     default: break;
     }

@@ -228,6 +228,16 @@ PENJING_INLINE F16 code(I16 v) {
   return {code_half<bits, shift>(v.a), code_half<bits, shift>(v.b)};
 }
 
+#if defined(__AVXVNNI__)
+using Quads = I16;
+PENJING_INLINE Quads quads(const int8_t *p) { return iload(p); }
+PENJING_INLINE I16 dot4(I16 sum, const uint8_t *x, Quads weight) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  const __m256i each = _mm256_set1_epi32(quad);
+  return {_mm256_dpbusd_avx_epi32(sum.a, each, weight.a), _mm256_dpbusd_avx_epi32(sum.b, each, weight.b)};
+}
+#else
 // Bytes as two vectors of words, so that the products of unsigned and signed bytes are exact (maddubs saturates).
 struct Quads {
   I16 even, odd;
@@ -246,6 +256,7 @@ PENJING_INLINE I16 dot4(I16 sum, const uint8_t *x, Quads weight) {
   };
   return {both(sum.a, weight.even.a, weight.odd.a), both(sum.b, weight.even.b, weight.odd.b)};
 }
+#endif
 
 #else // the compiler's own vectors: it makes of them what the processor has
 

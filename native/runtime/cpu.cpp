@@ -4,7 +4,9 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -13,7 +15,12 @@
 namespace penjing {
 
 #if defined(__x86_64__)
-static constexpr Isa known[] = {Isa::scalar, Isa::avx2, Isa::avx512_vnni};
+static constexpr Isa known[] = {Isa::scalar, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni};
+
+static bool has_avx_vnni() {
+  unsigned a = 0, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
 #elif defined(__aarch64__)
 static constexpr Isa known[] = {Isa::scalar, Isa::neon};
 
@@ -43,7 +50,7 @@ Isa best_isa() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"))
       return Isa::avx512_vnni;
-    return avx2 ? Isa::avx2 : Isa::scalar;
+    return !avx2 ? Isa::scalar : has_avx_vnni() ? Isa::avx_vnni : Isa::avx2;
   }();
   return isa;
 #elif defined(__aarch64__)
@@ -64,6 +71,10 @@ static Isa chosen_isa() {
       if (isa > best_isa())
         throw std::invalid_argument(std::string("PENJING_ISA=") + wanted + ": this processor goes up to " +
                                     name(best_isa()));
+#if defined(__x86_64__)
+      if (isa == Isa::avx_vnni && !has_avx_vnni()) // which many with AVX-512 do not have
+        throw std::invalid_argument("PENJING_ISA=avx-vnni: this processor does not have it");
+#endif
       return isa;
     }
     names += (names.empty() ? "" : ", ") + std::string(name(isa));
@@ -79,6 +90,7 @@ Isa active_isa() {
 const char *name(Isa isa) {
   switch (isa) {
   case Isa::avx512_vnni: return "avx512-vnni";
+  case Isa::avx_vnni: return "avx-vnni";
   case Isa::avx2: return "avx2";
   case Isa::neon: return "neon";
   default: return "scalar";

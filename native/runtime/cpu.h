@@ -3,7 +3,13 @@
 
 namespace penjing {
 
-enum class Isa { scalar, avx2, avx512_vnni, neon /* with dot products */ };
+enum class Isa {
+  scalar,
+  avx2,
+  avx_vnni, // its integer products, else avx2
+  avx512_vnni,
+  neon, // with dot products
+};
 
 // The best instruction set that both this build and this processor have.
 Isa best_isa();

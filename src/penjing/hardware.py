@@ -101,7 +101,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 
 def isa() -> str:
-    """The instruction set that the kernels use here: `avx512-vnni`, `avx2`, `neon`, `scalar`."""
+    """The instruction set that the kernels use here: `avx512-vnni`, `avx-vnni`, `avx2`, `neon`, `scalar`."""
     from ._native import isa as native_isa
 
     return native_isa()

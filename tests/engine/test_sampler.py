@@ -380,7 +380,7 @@ def every_kind_of_text() -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("isa", ["scalar", "neon", "avx2", "avx512-vnni"])
+@pytest.mark.parametrize("isa", ["scalar", "neon", "avx2", "avx-vnni", "avx512-vnni"])
 def test_every_instruction_set_draws_the_same_bit_for_bit(isa) -> None:
     say = "import json, test_sampler; print(json.dumps(test_sampler.every_kind_of_text()))"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -106,7 +106,7 @@ def kept_exactly(kv_type: str) -> bool:
     return np.array_equal(found, reference.kept(values, kv_type), equal_nan=True)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "neon", "avx2", "avx512-vnni"])
+@pytest.mark.parametrize("isa", ["scalar", "neon", "avx2", "avx-vnni", "avx512-vnni"])
 def test_kernels_equal_the_reference(isa: str) -> None:
     code = f"import sys, json; sys.path.insert(0, {os.path.dirname(__file__)!r})"
     code += "; import test_attention; print(json.dumps(test_attention.errors()))"

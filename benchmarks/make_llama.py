@@ -1,6 +1,6 @@
 """A checkpoint in Llama's shape with seeded random weights, written a piece at a time.
 
-    python benchmarks/make_llama.py FOLDER [--size 1.1b|13b|tiny] [--tokenizer examples/novelist]
+    python benchmarks/make_llama.py FOLDER [--size 1.1b|13b|tiny] [--layers N] [--tokenizer examples/novelist]
 
 Random weights say nothing of quality, but memory, speed and file sizes are those of a real model of that size.
 """
@@ -31,17 +31,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--layers", type=int, help="fewer or more than a model of that size has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.size, arguments.seed)
+    make(arguments.folder, arguments.size, arguments.seed, arguments.layers)
     for file in arguments.tokenizer.glob("tokenizer*.json") if arguments.tokenizer else ():
         shutil.copy(file, arguments.folder)
 
 
-def make(folder: Path, size: str, seed: int = 0) -> None:
+def make(folder: Path, size: str, seed: int = 0, depth: int | None = None) -> None:
     """Write the checkpoint: one shard for the embeddings and one for every four blocks."""
     hidden, layers, mlp, heads, kv_heads, vocabulary = SIZES[size]
+    layers = depth or layers
     folder.mkdir(parents=True, exist_ok=True)
     head = hidden // heads
     block = {

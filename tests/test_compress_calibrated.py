@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,19 +198,73 @@ def test_what_cannot_be_calibrated_on_is_one_line(fault: str, work: Path) -> Non
     assert not (work / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.2.mlp.up_proj.weight", np.nan, r"model.layers.2.mlp.up_proj.weight has a NaN or an inf"),
+        ("layers.1.input_layernorm.weight", 3e38, r"model.layers.1: .* has a NaN or an infinity: the model overflows"),
+    ],
+    ids=["NaN in a weight", "overflow in between"],
+)
+def test_numbers_that_are_none_stop_the_run_and_leave_no_model(
+    name: str, value: float, message: str, work: Path
+) -> None:
+    saved = open_checkpoint(work / "model")
+    tensors = {each: saved.read(each) for each in saved.names}
+    saved.close()
+    tensors[f"model.{name}"].flat[5] = value
+    write_safetensors(work / "model" / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(PenjingError, match=message) as caught:
+        run(work, "out")
+    assert "\n" not in str(caught.value)
+    assert not (work / "out" / "config.json").exists()
+
+
+def test_a_hessian_of_one_word_is_damped_and_said(work: Path) -> None:
+    (work / "text.txt").write_text("w5 " * 400)
+    run(work, "out", options={"damping": 0.0})
+    layers = json.loads((work / "out" / "penjing.json").read_text())["calibration"]["layers"]
+    assert max(layer.get("damping", 0) for layer in layers.values()) > 0
+
+
+def test_a_disk_that_fills_up_is_gone_on_from(tmp_path: Path) -> None:
+    whole = json.loads(subprocess.run(program(tmp_path / "whole"), capture_output=True, check=True).stdout)
+    code = (
+        "import resource, signal; from penjing.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); main()"
+    )
+    full = subprocess.run([sys.executable, "-c", code, *program(tmp_path / "out")[3:]], capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "File too large" in full.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "config.json").exists()
+    rest = json.loads(subprocess.run(program(tmp_path / "out"), capture_output=True, check=True).stdout)
+    assert rest["digest"] == whole["digest"]
+
+
 def test_a_limit_that_cannot_be_kept_is_refused_with_the_numbers(work: Path) -> None:
     with pytest.raises(OutOfBudget, match=r"need \d+ bytes at least; .*statistics"):
         run(work, "out", memory_limit=1000)
 
 
-def program(out: Path, *more: str) -> list[str]:
-    flags = ["--method", "gptq", "--bits", "4", "--group-size", "64", "--shard-size", "1", "--check", "none", "--json"]
+def test_a_limit_makes_batches_smaller(work: Path) -> None:
+    make(work / "model", "llama", hidden_size=256, intermediate_size=1024)
+    rows = {"samples": 40, "sequence_length": 64, "calibration": [work / "long.txt"], "bits": 4}
+    (work / "long.txt").write_text(text(40 * 64))
+    said: list[str] = []
+    free = run(work, "out", **rows, announce=said.append)
+    batches = json.loads((work / "out" / "penjing.json").read_text())["identity"]["batch"]
+    run(work, "less", **rows, memory_limit=free.memory_bound_bytes - (8 << 20))
+    assert json.loads((work / "less" / "penjing.json").read_text())["identity"]["batch"] < batches == 2048 // 64
+
+
+def program(out: Path, *more: str, method: str = "gptq") -> list[str]:
+    flags = ["--method", method, "--bits", "4", "--group-size", "64", "--shard-size", "1", "--check", "none", "--json"]
     rows = ["--calibration", str(NOVELIST / "evaluation.txt"), "--samples", "8", "--sequence-length", "64"]
     return [sys.executable, "-m", "penjing", "compress", str(NOVELIST), "-o", str(out), *flags, *rows, *more]
 
 
-def killed(out: Path, seconds: float) -> bool:
-    child = subprocess.Popen(program(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def killed(out: Path, method: str, seconds: float) -> bool:
+    child = subprocess.Popen(program(out, method=method), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         child.communicate(timeout=seconds)
         return False
@@ -219,19 +274,26 @@ def killed(out: Path, seconds: float) -> bool:
         return True
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_at_any_moment_ends_with_the_same_bytes(kills: int, tmp_path: Path) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("method", "kills"), [("gptq", 1), *(pytest.param(each, 20, marks=pytest.mark.slow) for each in ("gptq", "rtn"))]
+)
+def test_kill_9_at_any_moment_ends_with_the_same_bytes(method: str, kills: int, tmp_path: Path) -> None:
+    """Runs that are killed once each, at any moment of theirs: each ends with the bytes of one that was not."""
     start = time.monotonic()
-    whole = json.loads(subprocess.run(program(tmp_path / "whole"), capture_output=True, check=True).stdout)
+    command = program(tmp_path / "whole", method=method)
+    whole = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     took = time.monotonic() - start
     random, happened = np.random.default_rng(), 0
-    for _ in range(3 * kills):
-        happened += happened < kills and killed(tmp_path / "out", took * (0.3 + 0.6 * random.random()))
-        if (tmp_path / "out" / "config.json").exists():
+    for number in range(3 * kills):
+        out = tmp_path / f"out{number}"
+        happened += killed(out, method, took * random.random())
+        rest = subprocess.run(program(out, method=method), capture_output=True, check=True)
+        assert json.loads(rest.stdout)["digest"] == whole["digest"]
+        shutil.rmtree(out)
+        if happened == kills:
             break
-    rest = subprocess.run(program(tmp_path / "out"), capture_output=True, check=True)
-    assert json.loads(rest.stdout)["digest"] == whole["digest"]
-    assert happened
+    assert happened == kills
 
 
 def test_memory_stays_below_the_bound(tmp_path: Path) -> None:

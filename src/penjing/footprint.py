@@ -47,17 +47,22 @@ def _size(size: int) -> str:
 def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[Plan, Calibrator | None, Footprint]:
     """A plan that keeps the limit, its calibrator, and what both need at most.
 
-    Where that helps, less is read at a time, and statistics are collected in several runs. limit: bytes; None: what
-    this machine, or the control group, has left. Raises OutOfBudget with the numbers.
+    Where that helps, less is read at a time, statistics are collected in several runs, and less text goes through a
+    block at a time. limit: bytes; None: what this machine, or the control group, has left. Raises OutOfBudget with the
+    numbers.
     """
     here, most = _limits(limit)
-    chunk, found = CHUNK_BYTES, []
-    while chunk >= SMALLEST_CHUNK:
-        smaller = dataclasses.replace(plan, chunk_bytes=chunk)
-        found.append(_footprint(smaller, calibrator, here, most))
-        if found[-1].total <= most:
-            return smaller, calibrator, found[-1]
-        chunk //= 2
+    found = []
+    for batch in (0,) if calibrator is None else calibrator.batches:
+        if calibrator is not None:
+            calibrator.batch = batch
+        chunk = CHUNK_BYTES
+        while chunk >= SMALLEST_CHUNK:
+            smaller = dataclasses.replace(plan, chunk_bytes=chunk)
+            found.append(_footprint(smaller, calibrator, here, most))
+            if found[-1].total <= most:
+                return smaller, calibrator, found[-1]
+            chunk //= 2
     least = min(found, key=lambda each: each.total)
     hints = "smaller files (--shard-size) or a higher limit would do"
     if calibrator is not None:
@@ -105,7 +110,7 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
         its = needs(calibrator, plan.rules)
         terms |= {
             "a block": its.weights,
-            "one layer solved, or a batch": max(its.solving + its.largest, its.activations),
+            "one layer solved, or a batch": max(its.solving, its.activations),
         }
         left = limit - sum(terms.values())
         calibrator.budget = max(its.largest, min(its.statistics, left))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, PenjingError
-from ..methods.statistics import Collector, Statistics
+from ..methods.statistics import PANEL, Collector, Statistics
 from .block import LiveBlock
 
 EXPERT = re.compile(r"^(?P<owner>.*\.experts)\.(?P<index>\d+)\.")
@@ -113,7 +113,7 @@ class Collecting:
 
     def __init__(self, inputs: Sequence[Input], device: torch.device) -> None:
         self.inputs = inputs
-        self._collectors = {each.names[0]: make_collector(each.columns, each.needs, device) for each in inputs}
+        self._collectors = {each.names[0]: Sums(each.columns, each.needs, device) for each in inputs}
         # where every product is made once, nothing after the last one that is wanted needs to be computed
         self._last = inputs[-1].names[0] if all(each.once for each in inputs) else None
 
@@ -148,39 +148,27 @@ class Collecting:
             raise _Enough
 
 
-def make_collector(columns: int, needs: tuple[str, ...], device: torch.device) -> Any:
-    """What sums up rows that are given as tensors on a device."""
-    return OnHost(columns, needs) if device.type == "cpu" else OnDevice(columns, needs, device)
-
-
-class OnHost(Collector):
-    """`Collector`, fed with torch's tensors."""
-
-    def __init__(self, columns: int, needs: tuple[str, ...]) -> None:
-        super().__init__(columns, needs, "float32")
-
-    def add(self, x: Any) -> None:
-        super().add(x.detach().to(torch.float32).numpy())
-
-
-class OnDevice:
-    """The same sums on a GPU, where the rows are; they come to the host as they are asked for."""
+class Sums:
+    """What `methods.statistics.Collector` sums up, for rows that are tensors, where they are: float32 on any device."""
 
     def __init__(self, columns: int, needs: tuple[str, ...], device: torch.device) -> None:
-        self.columns, self.needs, self.count = columns, needs, 0
+        self.columns, self.count = columns, 0
         self._sums = {
             name: torch.zeros((columns,) * (2 if name == "hessian" else 1), dtype=torch.float32, device=device)
             for name in needs
         }
 
     def add(self, x: Tensor) -> None:
+        """Rows (n, columns); BadInput for a NaN or an infinity."""
         rows = x.detach().to(torch.float32)
         if not bool(torch.isfinite(rows).all()):
             raise BadInput("the layer's input has a NaN or an infinity: the model overflows on this text")
         self.count += len(rows)
         for name, total in self._sums.items():
             if name == "hessian":
-                total.addmm_(rows.T, rows)
+                for low in range(0, self.columns, PANEL):  # the upper triangle of panels; the rest is its mirror
+                    panel = slice(low, low + PANEL)
+                    total[panel, low:].addmm_(rows[:, panel].T, rows[:, low:])
             elif name == "absmax":
                 torch.maximum(total, rows.abs().amax(dim=0), out=total) if len(rows) else None
             elif name == "input_norm":
@@ -189,13 +177,27 @@ class OnDevice:
                 total += (rows.abs() if name == "absmean" else rows).sum(dim=0)
 
     def statistics(self) -> Statistics:
+        """What was seen, on the host; it is made of the sums, which are gone then. BadInput when nothing was seen."""
         if not self.count:
             raise BadInput("the layer saw no rows: no calibration text reached it")
         found = {}
         for name, total in self._sums.items():
-            mean = total if name == "absmax" else total / self.count
-            found[name] = (mean.sqrt() if name == "input_norm" else mean).cpu().numpy()
+            if name == "hessian":
+                found[name] = _whole(total.div_(self.count)).cpu().numpy()
+            else:
+                mean = total if name == "absmax" else total / self.count
+                found[name] = (mean.sqrt() if name == "input_norm" else mean).cpu().numpy()
         return Statistics(found)
+
+
+def _whole(total: Tensor) -> Tensor:
+    """The same matrix with its lower triangle filled in, in place, where the upper one of panels is there."""
+    for low in range(0, len(total), PANEL):
+        high = min(low + PANEL, len(total))
+        corner = total[low:high, low:high]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        total[high:, low:high] = total[low:high, high:].T
+    return total
 
 
 class Forced:

@@ -22,8 +22,8 @@ class Needs:
     """Bytes, each the most of all blocks.
 
     weights: a block's, and the codes of what was solved of it.  statistics: of all inputs of a block; they are
-    collected in several runs where the limit asks for it.  largest: of one input, which must fit.  solving: one matrix
-    with its statistics.  activations: one batch inside a block.
+    collected in several runs where the limit asks for it.  largest: of one input, which must fit.  solving: one matrix,
+    beside its statistics.  activations: one batch inside a block.
     """
 
     weights: int

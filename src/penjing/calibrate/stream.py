@@ -34,7 +34,8 @@ from .graph import Call, Graph, to_torch
 from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
 from .own import Own
 
-BATCH_TOKENS = 512  # at least so many tokens go through a block at a time
+# About so many tokens go through a block at a time: many make products fast, few fit in less memory.
+BATCH_TOKENS = (2048, 1024, 512)
 Tick = Callable[[float], None]
 
 
@@ -43,7 +44,8 @@ class Calibrator:
 
     tokens: int64 (samples, length).  rules: module → what will be done to it.  folder: for the hidden states.
     dtype: what products are made in.  own: what the model is to write itself; tokens only stand in until `prepare`.
-    budget: bytes that statistics may take at once; to be set before the first block.
+    budget: bytes that statistics may take at once.  batch: samples that go through a block at a time, at first the
+    first of `batches`. Both are to be set before the first block.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class Calibrator:
         self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
         self.rules = rules
         self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
-        self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
+        self.batches = tuple(dict.fromkeys(max(1, size // tokens.shape[1]) for size in BATCH_TOKENS))
+        self.batch = self.batches[0]
         self._calls: dict[int, list[Call]] = {}
         self._static = True
         self._look_at_calls()
@@ -117,6 +120,7 @@ class Calibrator:
         text = {"own_samples": True} if self.own else {"sha256": fingerprint(self.tokens)}
         return {
             "calibration": text | {"samples": samples, "sequence_length": length},
+            "batch": self.batch,
             "threads": kernels.threads(),
             "device": f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
         }

@@ -12,7 +12,8 @@ They come in this order; a joint one stands for both the pruner and the quantize
 weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibration collected on the layer's input (see
 `statistics`); the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one
 another, so that a large matrix may be solved in parts. ``MEMORY`` is what `solve` takes at most beside what it is
-given: bytes for each weight, and for each of (in, in). To add a method, write its file and put its name in one of
+given: bytes for each weight, and for each of (in, in); a third number is for each of (in, in) while nothing is there
+yet for the weights. To add a method, write its file and put its name in one of
 these tables. They need neither a method nor numpy, so that the program's help can name them all.
 """
 

@@ -104,8 +104,10 @@ def decoded_rows(weight: NDArray[Any] | AffineTensor, rows: NDArray[np.int64]) -
 
 def memory_bytes(rule: Rule, rows: int, columns: int) -> int:
     """What `solve` takes at most beside the weight and its statistics, the solution included."""
-    each: list[tuple[int, int]] = [module.MEMORY for module, _ in _steps(rule, "float32", 0)]
-    return rows * columns * (4 + max(a for a, _ in each)) + columns * columns * sum(b for _, b in each)
+    each: list[tuple[int, ...]] = [module.MEMORY for module, _ in _steps(rule, "float32", 0)]
+    weights, square = rows * columns, columns * columns
+    at_first = square * max((first for _, _, *more in each for first in more), default=0)
+    return weights * 4 + max(weights * max(a for a, *_ in each) + square * sum(b for _, b, *_ in each), at_first)
 
 
 def join(parts: Sequence[NDArray[Any] | AffineTensor]) -> NDArray[Any] | AffineTensor:

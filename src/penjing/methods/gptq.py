@@ -22,7 +22,7 @@ from .rounding import Rounder, check_observer
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
-MEMORY = (18, 9)
+MEMORY = (26, 4, 12)
 Floats = NDArray[np.float32]
 
 

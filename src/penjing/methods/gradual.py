@@ -21,7 +21,7 @@ from .sparsegpt import Spared, refit
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
-MEMORY = (36, 6)
+MEMORY = (44, 6)
 Floats = NDArray[np.float32]
 
 

@@ -26,7 +26,7 @@ from .rounding import Rounder
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
-MEMORY = (44, 8)
+MEMORY = (52, 8)
 Floats = NDArray[np.float32]
 
 

@@ -98,6 +98,7 @@ def _damped_cholesky(hessian: NDArray[Any], order: NDArray[np.int64], damping: f
         try:
             _cholesky(a)
         except np.linalg.LinAlgError:
+            del a  # before the next one is made
             continue
         return a, tried
     raise BadInput(f"the hessian is not positive definite, even with {tried:g} of its mean diagonal added to it")

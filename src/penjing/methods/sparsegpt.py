@@ -19,7 +19,7 @@ from .feedback import BLOCK, Descent, Forward, blocks, by_columns
 from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
-MEMORY = (18, 10)
+MEMORY = (26, 10)
 Floats = NDArray[np.float32]
 Spared = Callable[[slice, Floats], Floats]
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 
 import penjing
+from packing import packed_llama
 from penjing.checkpoint.gguf.file import GgufFile, Written, write_gguf
 from penjing.engine.messages import Load, Request, SamplingParams
 from penjing.engine.process import load
@@ -91,7 +92,7 @@ def seeds_for(folder: Path) -> list[Path]:
         made[-1].parent.mkdir()
         export(silent, made[-1], "gguf", kind)
         shutil.rmtree(silent)
-    return made
+    return [*made, *(packed_llama(folder / method, method)[0] for method in ("gptq", "awq"))]
 
 
 def damage(folder: Path, rng: random.Random) -> str:

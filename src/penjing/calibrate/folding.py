@@ -113,7 +113,7 @@ def scale_for(block: LiveBlock, each: Input, statistics: Statistics, rules: Mapp
         return None
     rule = rules[each.modules[0]]
     assert rule.transform is not None
-    dtype = SCALE_NAMES[block.graph.checkpoint.infos[each.names[0]].dtype]
+    dtype = SCALE_NAMES[block.graph.checkpoint.infos[each.names[0]].step_dtype]
     weights: Sequence[NDArray[np.float32]] = [block.get(f"{module}.weight") for module in each.modules]
     found: Floats = transform(rule.transform.method).solve(weights, statistics, apply.transform_config(rule, dtype))
     return found

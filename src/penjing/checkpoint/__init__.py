@@ -1,10 +1,11 @@
-"""Checkpoints: folders of safetensors, read strictly and one tensor at a time, written whole or not at all."""
+"""Checkpoints: folders of tensors, read strictly and one tensor at a time, written whole or not at all."""
 
 from __future__ import annotations
 
 from .folder import Checkpoint, open_checkpoint
-from .safetensors import SafetensorsFile, TensorInfo, read_safetensors, write_safetensors
+from .safetensors import SafetensorsFile, read_safetensors, write_safetensors
 from .storage import Weight
+from .tensors import TensorInfo
 
 __all__ = [
     "Checkpoint",

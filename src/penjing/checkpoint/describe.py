@@ -74,7 +74,7 @@ def describe(path: str | Path) -> Summary:
     roles: dict[str, dict[str, int]] = {}
     for name, info in checkpoint.infos.items():
         sizes = roles.setdefault(_role(name), {"parameters": 0, "bytes": 0})
-        sizes["bytes"] += info.nbytes
+        sizes["bytes"] += info.stored_bytes
     for name in checkpoint.names:
         roles[_role(name)]["parameters"] += _parameters(checkpoint, name)
     parameters = sum(sizes["parameters"] for sizes in roles.values())
@@ -88,8 +88,8 @@ def describe(path: str | Path) -> Summary:
         layers=layers if isinstance(layers, int) else sum(b.is_layer for b in order_blocks(checkpoint.names)),
         size_bytes=checkpoint.size_bytes,
         bits_per_weight=8 * stored / max(parameters, 1),
-        sparsity=_sparsity(checkpoint),
-        format=_format(checkpoint),
+        sparsity=sparsity_of(checkpoint),
+        format=format_of(checkpoint),
         activations="int8" if any(scheme.activations == "int8" for scheme in checkpoint.schemes) else "float",
         files=len(checkpoint.weight_files),
         roles=dict(sorted(roles.items())),
@@ -111,11 +111,11 @@ def _parameters(checkpoint: Checkpoint, name: str) -> int:
             return 2 * checkpoint.infos[name].size if name.endswith(_BLOCKS) else 0
         return checkpoint.infos[name].size
     module = module_of(name)
-    shape = next(part for part in ("weight_shape", "weight.shape") if f"{module}.{part}" in checkpoint.infos)
-    return math.prod(int(size) for size in checkpoint.read(f"{module}.{shape}"))
+    return math.prod(checkpoint.weight_shape(module))
 
 
-def _sparsity(checkpoint: Checkpoint) -> float | None:
+def sparsity_of(checkpoint: Checkpoint) -> float | None:
+    """The share of zeros that compress counted in the modules it compressed; None where it did not make the folder."""
     if (checkpoint.path / "penjing.json").exists():
         noted = read_json(checkpoint.path / "penjing.json", BadInput)
         if isinstance(noted, dict) and isinstance(noted.get("sparsity"), int | float):
@@ -123,8 +123,8 @@ def _sparsity(checkpoint: Checkpoint) -> float | None:
     return None
 
 
-def _format(checkpoint: Checkpoint) -> str:
-    """Number formats of the weights: ``bfloat16``, ``int4 g128``, ``int8 bitmask``, ``mxfp4``, joined by commas."""
+def format_of(checkpoint: Checkpoint) -> str:
+    """Number formats of the weights, joined by commas: ``bfloat16``, ``int4 g128``, ``int4 g128 gptq``, ``mxfp4`` …"""
     plain = [info for name, info in checkpoint.infos.items() if name.endswith(".weight") and len(info.shape) == 2]
     compressed = sorted({module_of(name) for name in checkpoint.infos if is_part(name)})
     if isinstance(checkpoint, GgufCheckpoint):
@@ -132,10 +132,11 @@ def _format(checkpoint: Checkpoint) -> str:
     found = set()
     for module in compressed:
         words = []
-        if f"{module}.weight_scale" in checkpoint.infos:
+        if f"{module}.weight_scale" in checkpoint.infos or f"{module}.qweight" in checkpoint.infos:
             grid = checkpoint.scheme(module).grid
             step = {-1: "channel", 0: "tensor"}.get(grid.group_size, f"g{grid.group_size}")
             words += [f"int{grid.bits} {step}", *([] if grid.symmetric else ["asymmetric"])]
+            words += [checkpoint.scheme(module).format] if f"{module}.qweight" in checkpoint.infos else []
         else:
             words.append(str(checkpoint.infos[f"{module}.weight.compressed"].dtype))
         found.add(" ".join([*words, *(["bitmask"] if f"{module}.weight.bitmask" in checkpoint.infos else [])]))

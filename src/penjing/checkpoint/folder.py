@@ -1,8 +1,8 @@
-"""A checkpoint folder as Hugging Face lays it out, plain or compressed: config.json, safetensors, side files."""
+"""A checkpoint folder as Hugging Face lays it out, plain or compressed: config.json, weights, side files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,21 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import BadCheckpoint, Unsupported
-from . import storage
+from . import qweight, storage
 from .atomic import read_json
-from .safetensors import SafetensorsFile, TensorInfo
+from .pickled import PickledFile, StridedInfo
+from .safetensors import SafetensorsFile
 from .storage import Scheme, Weight
+from .tensors import TensorFile, TensorInfo
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+# What says how the weights are stored, and is not true of others.
+_OF_WEIGHTS = (CONFIG, "penjing.json", "quantize_config.json", "quant_config.json")
+# What trainers leave beside the weights.
+_OF_TRAINERS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin", "rng_state.pth"}
 _SIDE_FILES = ("*.json", "*.model", "*.jinja", "*.tiktoken", "vocab.txt", "merges.txt", "LICENSE*", "NOTICE*")
-# Tensors that belong to one weight: X.weight_packed, X.weight.bitmask, … → X
+# Tensors that belong to one weight: X.weight_packed, X.weight.bitmask, X.qweight, … → X
 _PART_NAMES = (
     "weight_packed",
     "weight_scale",
@@ -29,6 +36,7 @@ _PART_NAMES = (
     "weight.bitmask",
     "weight.row_offsets",
     "weight.shape",
+    *qweight.PARTS,
 )
 
 
@@ -39,7 +47,7 @@ class Checkpoint:
     checkpoint would call its tensors; a compressed weight counts as one, ``X.weight``.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, TensorFile]) -> None:
         self.path = path
         self.config = config
         self._files = {name: file for file in files.values() for name in file.infos}
@@ -85,6 +93,8 @@ class Checkpoint:
         """
         info, file = self.infos.pop(name), self._files.pop(name)
         _, height, columns = info.shape
+        if isinstance(info, StridedInfo):
+            raise Unsupported(f"{file.path}: tensor {name} lies transposed in its storage; save it contiguous")
         for part, (index, first, rows) in parts.items():
             start = info.start + (index * height + first) * columns * info.dtype.itemsize
             file.infos[part] = self.infos[part] = TensorInfo(part, info.dtype, (rows, columns), start)
@@ -133,7 +143,8 @@ class Checkpoint:
         return f"{self.path}: tensor {module}"
 
     def _scheme_of(self, module: str) -> Scheme | None:
-        return self.scheme(module) if f"{module}.weight_scale" in self.infos else None
+        stepped = any(f"{module}.{part}" in self.infos for part in ("weight_scale", "qweight"))
+        return self.scheme(module) if stepped else None
 
     def activations(self, module: str) -> Literal["float", "int8"]:
         """What the module multiplies its weight with: its input as it is, or quantized to int8 token by token."""
@@ -145,6 +156,26 @@ class Checkpoint:
     def parts(self, module: str) -> list[str]:
         """Names, after "X.", of the tensors that a module's weight is stored in."""
         return [part for part in ("weight", *_PART_NAMES) if f"{module}.{part}" in self.infos]
+
+    def weight_shape(self, module: str) -> tuple[int, ...]:
+        """(out, in) of a module's weight, however it is stored; only what is small is read for it."""
+        for part in ("weight_shape", "weight.shape"):
+            if f"{module}.{part}" in self.infos:
+                return tuple(int(size) for size in self.read(f"{module}.{part}").reshape(-1))
+        if f"{module}.weight" in self.infos:
+            return self.infos[f"{module}.weight"].shape
+        for part in ("qweight", "scales"):
+            if f"{module}.{part}" not in self.infos:
+                raise BadCheckpoint(f"{self.path}: {module}: weight_shape, or qweight and scales, are missing")
+        shapes = {part: self.infos[f"{module}.{part}"].shape for part in self.parts(module)}
+        scheme = self.scheme(module)
+        return qweight.shape_of(shapes, scheme.grid.bits, scheme.format)
+
+    @property
+    def compressed(self) -> tuple[str, ...]:
+        """The modules whose weights are stored quantized or as bitmasks."""
+        modules = (name.removesuffix(".weight") for name in self.names if name.endswith(".weight"))
+        return tuple(module for module in modules if self.is_compressed(module))
 
     def scheme(self, module: str) -> Scheme:
         """How a quantized module is stored; BadCheckpoint when config.json does not say."""
@@ -167,8 +198,19 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user of the weights should know: where they are not computed on exactly as they are stored."""
-        return ()
+        """What a user of the weights should know: where they are not computed on as they are stored."""
+        scattered = [name for name in self.infos if name.endswith(".g_idx") and not self._in_order(name)]
+        if not scattered:
+            return ()
+        return (
+            f"{self.path}: {len(scattered)} weights have groups of scattered columns (desc_act): they are computed on"
+            " as float32, exactly and in the memory that takes",
+        )
+
+    def _in_order(self, name: str) -> bool:
+        scales = self.infos.get(f"{module_of(name)}.scales")
+        groups = self.read(name)
+        return scales is None or qweight.in_order(groups, len(groups), max(1, scales.shape[0]))
 
     @cached_property
     def side_files(self) -> Mapping[str, bytes | Path]:
@@ -178,7 +220,7 @@ class Checkpoint:
         """
         found = {}
         for file in sorted(self.path.iterdir()):
-            ours = file.name in (CONFIG, "penjing.json") or file.name.endswith(".index.json")
+            ours = file.name in _OF_WEIGHTS or file.name.endswith(".index.json")
             if file.is_file() and not ours and any(file.match(pattern) for pattern in _SIDE_FILES):
                 found[file.name] = file
         return found
@@ -213,12 +255,7 @@ def open_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> C
         raise BadCheckpoint(f"{folder}: {what}")
     if config is None:
         config = _read_config(folder)
-    index = _read_index(folder) if (folder / INDEX).exists() else None
-    files = {name: SafetensorsFile(folder / name) for name in _weight_files(folder, index)}
-    checkpoint = Checkpoint(folder, config, files)
-    if index is not None:
-        _check_index(folder, index, files)
-    return checkpoint
+    return Checkpoint(folder, config, _open_files(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -232,9 +269,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, str]:
     """Tensor → the file that holds it."""
-    path = folder / INDEX
     index = read_json(path, BadCheckpoint)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
@@ -245,31 +281,43 @@ def _read_index(folder: Path) -> dict[str, str]:
     return places
 
 
-def _weight_files(folder: Path, index: Mapping[str, str] | None) -> list[str]:
-    if index is not None:
-        shards = sorted(set(index.values()))
-        missing = [name for name in shards if not (folder / name).exists()]
-        if missing:
-            raise BadCheckpoint(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} are)")
-        return shards
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    if others:
-        raise BadCheckpoint(f"{folder}: {len(others)} safetensors files and no {INDEX} that says what is in which")
-    if pickles := sorted(file.name for file in folder.glob("*.bin")):
-        raise Unsupported(f"{folder}: weights are a pickle ({pickles[0]}), which could run code; save as safetensors")
-    raise BadCheckpoint(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
+def _open_files(folder: Path) -> dict[str, TensorFile]:
+    """The files that hold the weights, by name: those of an index, or the only one."""
+    kinds: tuple[tuple[Callable[[Path], TensorFile], str, str, tuple[str, ...]], ...] = (
+        (SafetensorsFile, INDEX, SINGLE, ("*.safetensors",)),
+        (PickledFile, f"{_PICKLED}.index.json", _PICKLED, ("*.bin", "*.pt", "*.pth")),
+    )
+    for opened, index, single, patterns in kinds:
+        if (folder / index).exists():
+            places = _read_index(folder / index)
+            files = {name: opened(folder / name) for name in _shards(folder, places)}
+            _check_index(folder / index, places, files)
+            return files
+        if (folder / single).exists():
+            return {single: opened(folder / single)}
+        others = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - _OF_TRAINERS)
+        if len(others) > 1:
+            kind = patterns[0].removeprefix("*.")
+            raise BadCheckpoint(f"{folder}: {len(others)} {kind} files and no {index} that says what is in which")
+        if others:
+            return {others[0]: opened(folder / others[0])}
+    raise BadCheckpoint(f"{folder}: no weights: neither {SINGLE} nor {_PICKLED}, nor an index of several")
 
 
-def _check_index(folder: Path, index: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
+def _shards(folder: Path, index: Mapping[str, str]) -> list[str]:
+    shards = sorted(set(index.values()))
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise BadCheckpoint(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} are)")
+    return shards
+
+
+def _check_index(path: Path, index: Mapping[str, str], files: Mapping[str, TensorFile]) -> None:
     """Index and shards agree: each tensor is where the index says, and nowhere else."""
     for tensor, file in index.items():
         if tensor not in files[file].infos:
-            raise BadCheckpoint(f"{folder / file}: tensor {tensor} is missing; {INDEX} says it is here")
+            raise BadCheckpoint(f"{path.parent / file}: tensor {tensor} is missing; {path.name} says it is here")
     for name, shard in files.items():
         for tensor in shard.infos:
             if index.get(tensor) != name:
-                raise BadCheckpoint(f"{folder / name}: tensor {tensor} is not in {INDEX} at this file")
+                raise BadCheckpoint(f"{path.parent / name}: tensor {tensor} is not in {path.name} at this file")

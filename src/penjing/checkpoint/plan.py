@@ -17,8 +17,8 @@ from ..formats import packed
 from ..recipe import Recipe, Rule
 from .blocks import Block, order_blocks
 from .folder import SINGLE, Checkpoint
-from .safetensors import TensorInfo
 from .storage import SCALE_NAMES
+from .tensors import TensorInfo
 
 # Families whose weights are stored (in, out): grids and groups run along the other axis.
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -92,7 +92,7 @@ class Plan:
         codes = rows * packed.words(columns, bits) * 4 if not sparse else packed.words(kept, bits) * 4
         groups = 1 if rule.quantize.group_size <= 0 else columns // rule.quantize.group_size
         zeros = 0 if rule.quantize.symmetric else packed.words(rows, bits) * 4 * groups
-        return codes + rows * groups * info.dtype.itemsize + zeros + 16 + sparse
+        return codes + rows * groups * info.step_dtype.itemsize + zeros + 16 + sparse
 
     def memory_bytes(self, by_rows: Mapping[str, bool]) -> int:
         """The most that a run holds at once beyond the interpreter: see docs/compress.md for the terms.
@@ -104,8 +104,8 @@ class Plan:
         for module in by_rows:
             info = self.weight(module)
             chunk = min(self.chunk_bytes, info.nbytes) if by_rows[module] else info.nbytes
-            # Two chunks read ahead, one pruned, the codes of the whole matrix, its packed words.
-            work = max(work, 3 * chunk + 2 * info.size + self.module_bytes(module))
+            # Two chunks read ahead, one pruned, the codes of the whole matrix, its packed words; what it is decoded of.
+            work = max(work, 3 * chunk + 2 * info.size + self.module_bytes(module) + info.decoding_bytes)
         return 2 * max(results, default=0) + work + 2 * self.chunk_bytes + SLACK_BYTES
 
 
@@ -187,5 +187,5 @@ def _has_rule(tensor: str, rules: Mapping[str, Any]) -> bool:
 
 
 def scale_dtype(info: TensorInfo) -> str:
-    """Steps are stored in their weight's own dtype, which is what readers hold them in."""
-    return SCALE_NAMES[np.dtype(info.dtype)]
+    """What a weight's steps are stored in."""
+    return SCALE_NAMES[np.dtype(info.step_dtype)]

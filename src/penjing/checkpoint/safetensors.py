@@ -1,7 +1,6 @@
 """safetensors files: a strict reader that holds one tensor at a time, and a writer that streams.
 
 A file is a length (8 bytes), a JSON header (name → dtype, shape, place) and the tensors' bytes, one after another.
-Tensors are read with `pread` into memory of their own rather than mapped, so that resident memory is what is in use.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadCheckpoint
 from .atomic import replacing
+from .tensors import TensorFile, TensorInfo
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -48,83 +48,16 @@ MAX_HEADER_BYTES = 100_000_000
 _CHUNK = 16 << 20
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: ``start`` is its first byte in the file."""
+class SafetensorsFile(TensorFile):
+    """A safetensors file open for reading; its header has been checked against its length.
 
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-
-class SafetensorsFile:
-    """A file open for reading; its header has been checked against its length.
-
-    infos: name → TensorInfo in the order of the file.  metadata: the header's own strings.
-    Raises BadCheckpoint, naming the file and the tensor, for a header that is damaged, contradicts itself or does
-    not fit the file.
+    metadata: the header's own strings.  Raises BadCheckpoint, naming the file and the tensor, for a header that is
+    damaged, contradicts itself or does not fit the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise BadCheckpoint(f"{self.path}: {error.strerror}") from None
-        try:
-            self.infos, self.metadata = self._read_header()
-        except BaseException:
-            self.close()
-            raise
+    metadata: dict[str, str]
 
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
-
-    def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """A tensor, or some of its rows (first axis, step 1), in memory of its own."""
-        info = self.infos[name]
-        shape, start = info.shape, info.start
-        if rows is not None:
-            low, high, step = rows.indices(shape[0])
-            if step != 1:
-                raise ValueError("rows are read with step 1")
-            shape = (max(high - low, 0), *shape[1:])
-            start += low * math.prod(shape[1:]) * info.dtype.itemsize
-        raw = np.empty(math.prod(shape) * info.dtype.itemsize, np.uint8)
-        self._read_into(raw, start, name)
-        return raw.view(info.dtype).reshape(shape)
-
-    def _read_into(self, raw: NDArray[np.uint8], start: int, what: str) -> None:
-        view, done = raw.data, 0
-        while done < len(raw):
-            got = os.preadv(self._descriptor, [view[done:]], start + done)
-            if not got:
-                raise BadCheckpoint(f"{self.path}: ends inside {what}: the file was cut while it was being read")
-            done += got
-
-    def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        size = os.fstat(self._descriptor).st_size
+    def _read_infos(self, size: int) -> dict[str, TensorInfo]:
         if size < 8:
             raise BadCheckpoint(f"{self.path}: {size} bytes; a safetensors file begins with 8 bytes of header length")
         length = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))[0]
@@ -144,9 +77,10 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise BadCheckpoint(f"{self.path}: the header is not an object of tensors")
         metadata = header.pop("__metadata__", {})
+        self.metadata = metadata if isinstance(metadata, dict) else {}
         infos = sorted((self._info(name, entry, 8 + length) for name, entry in header.items()), key=lambda i: i.start)
         self._check_places(infos, 8 + length, size)
-        return {info.name: info for info in infos}, metadata if isinstance(metadata, dict) else {}
+        return {info.name: info for info in infos}
 
     def _no_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

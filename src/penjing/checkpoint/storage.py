@@ -7,7 +7,8 @@
                      in place of X.weight or X.weight_packed; compressed holds what is not zero, row by row: floats, or
                      codes packed into int32 words
 
-The first two are read by vLLM and transformers; the bitmask by Penjing alone.
+The first two are read by vLLM and transformers; the bitmask by Penjing alone. What GPTQ's and AWQ's own tools write is
+read too (`qweight`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ..formats import bitmask, packed
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, AffineTensor, Grid, spread
 from ..formats.bitmask import BitmaskTensor
 from ..recipe import Quantize
-from .safetensors import TensorInfo
+from . import qweight
+from .tensors import TensorInfo
 
 Array = NDArray[Any]
 Weight = NDArray[Any] | AffineTensor | BitmaskTensor
@@ -68,8 +70,11 @@ def read_schemes(config: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
     method = config.get("quant_method") if isinstance(config, Mapping) else None
     if method == "mxfp4":
         return ()  # of gpt-oss's experts, which are no modules: `models.weights` reads them
+    if method in (qweight.GPTQ, qweight.AWQ):
+        kind, grid = qweight.read_format(config, where)
+        return (Scheme(grid, "float", kind, ("Linear",)),)
     if method not in ("compressed-tensors", "penjing"):
-        raise Unsupported(f"{where}: quant_method {method!r}; Penjing reads compressed-tensors")
+        raise Unsupported(f"{where}: quant_method {method!r}; Penjing reads compressed-tensors, gptq and awq")
     groups = config.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise BadCheckpoint(f"{where}: quantization_config.config_groups is not an object of objects")
@@ -102,7 +107,7 @@ def _grid(weights: Mapping[str, Any], where: str) -> Grid:
     strategy = weights.get("strategy") or (
         "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     )
-    size = {"tensor": PER_TENSOR, "channel": PER_CHANNEL, "group": group_size}.get(strategy)
+    size = {"tensor": PER_TENSOR, "channel": PER_CHANNEL, "group": group_size}.get(str(strategy))
     if not isinstance(size, int):
         raise Unsupported(f"{where}: strategy {strategy!r} with group_size {group_size!r}")
     return Grid(weights.get("num_bits", 8), size, bool(weights.get("symmetric", True)))
@@ -128,11 +133,14 @@ def check(
     scheme: None for floats, whose bitmask it is.  where: the module, for errors.  shape: that is called for.
     BadCheckpoint names the first tensor that is missing, or of another shape or dtype than the rest calls for.
     """
-    found = _shape(parts, where)
+    packed_by_others = scheme.format if scheme is not None and scheme.format in qweight.FORMATS else None
+    found = _shape(parts, where) if packed_by_others is None else qweight.check(parts, packed_by_others, where)
     if shape is not None and found != shape:
         raise BadCheckpoint(f"{where}.weight has shape {found}, config.json calls for {shape}")
     if len(found) != 2:
         raise BadCheckpoint(f"{where}.weight has shape {found}; a compressed weight is a matrix")
+    if packed_by_others is not None:
+        return found[0], found[1]
     if scheme is not None:
         _check_steps(parts, scheme.grid, found, where)
     if "weight.compressed" in parts:
@@ -183,9 +191,14 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def decode(parts: Mapping[str, Array], scheme: Scheme | None, where: str) -> AffineTensor | BitmaskTensor:
-    """A module's tensors (named without "X.") → its weight on the grid; without a scheme, the floats that are kept."""
+def decode(parts: Mapping[str, Array], scheme: Scheme | None, where: str) -> Weight:
+    """A module's tensors (named without "X.") → its weight on the grid; without a scheme, the floats that are kept.
+
+    Of GPTQ with scattered groups float32: see `qweight.decode`.
+    """
     shape = check(parts, scheme, where)
+    if scheme is not None and scheme.format in qweight.FORMATS:
+        return qweight.decode(parts, scheme.format, where)
     if scheme is None:
         return _sparse_floats(parts, shape, where)
     raw = parts["weight_scale"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..errors import BadCheckpoint
 from .folder import Checkpoint
-from .safetensors import SafetensorsFile, TensorInfo
+from .safetensors import SafetensorsFile
+from .tensors import TensorInfo
 
 Indices = NDArray[np.int64]
 
@@ -49,7 +50,7 @@ class View(Checkpoint):
         for axis, kept in enumerate((piece.rows, piece.columns)):
             if kept is not None:
                 shape[axis] = len(kept)
-        return TensorInfo(name, info.dtype, tuple(shape), info.start)
+        return replace(info, name=name, shape=tuple(shape))
 
     def close(self) -> None:
         self.whole.close()

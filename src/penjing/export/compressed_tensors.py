@@ -22,8 +22,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> tuple[str, int]:
     with plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     digests, sizes, total = {}, {}, 0
-    for name in checkpoint.weight_files:
-        tensors = _tensors(checkpoint, name)
+    for file in checkpoint.weight_files:
+        tensors, name = _tensors(checkpoint, file), Path(file).stem.replace("pytorch_", "") + ".safetensors"
         digests[name], length = write_safetensors(folder / name, tensors, {"format": "pt"})
         sizes[name] = {tensor: array.nbytes for tensor, array in tensors.items()}
         total += length

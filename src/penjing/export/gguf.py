@@ -147,9 +147,15 @@ class _Writer:
 
     def _as_stored(self, module: str) -> str:
         """The format that holds what a weight is stored in."""
-        checkpoint = self.checkpoint
+        checkpoint, grid = self.checkpoint, None
         if f"{module}.weight_scale" in checkpoint.infos:
             grid = checkpoint.scheme(module).grid
+        elif f"{module}.qweight" in checkpoint.infos:
+            weight = checkpoint.weight(module)
+            if not isinstance(weight, AffineTensor):  # of scattered groups
+                return "f16"
+            grid = weight.grid
+        if grid is not None:
             if not grid.symmetric and grid.bits <= 4:
                 return "q4_1"
             return "q4_0" if grid.bits <= 4 else "q5_0" if grid.bits == 5 and grid.symmetric else "q8_0"

@@ -20,8 +20,8 @@ from ...errors import BadCheckpoint, Unsupported
 from ...formats import affine, ggml
 from ...formats.affine import AffineTensor, Grid
 from ..folder import Checkpoint
-from ..safetensors import TensorInfo
 from ..storage import Weight
+from ..tensors import DecodedInfo
 from .config import Keys, read_config
 from .file import GgufFile, GgufTensor
 from .names import ROPE, ROPE_LONG, ROPE_SHORT
@@ -32,16 +32,15 @@ _WHOLE = 2.0**-10
 
 
 @dataclass(frozen=True)
-class _View(TensorInfo):
-    """A stored tensor under Hugging Face's name.  order: the stored row of each row, None as it is."""
+class _View(DecodedInfo):
+    """A stored tensor under Hugging Face's name.
 
-    stored: GgufTensor
+    tensor: as the file has it.  order: the stored row of each row, None as it is.  offset: what is taken off it.
+    """
+
+    tensor: GgufTensor
     order: NDArray[np.int64] | None
     offset: float
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
 
 
 class GgufCheckpoint(Checkpoint):
@@ -68,8 +67,8 @@ class GgufCheckpoint(Checkpoint):
     def notes(self) -> tuple[str, ...]:
         kinds: dict[str, int] = {}
         for view in map(self._view, self.infos):
-            name = view.stored.kind.name.upper()
-            if not view.stored.kind.symmetric:
+            name = view.tensor.kind.name.upper()
+            if not view.tensor.kind.symmetric:
                 kinds[name] = kinds.get(name, 0) + 1
         return tuple(
             f"{self.path}: {count} weights in {kind} are put on int8 with a step for 32, which changes them by about"
@@ -80,13 +79,13 @@ class GgufCheckpoint(Checkpoint):
     @property
     def kinds(self) -> tuple[str, ...]:
         """The formats of its matrices."""
-        kinds = {view.stored.kind for view in map(self._view, self.infos) if len(view.shape) == 2}
+        kinds = {view.tensor.kind for view in map(self._view, self.infos) if len(view.shape) == 2}
         return tuple(sorted(kind.name.upper() for kind in kinds))
 
     def _stored(self, stored_name: str, rows: slice | None) -> NDArray[Any]:
         view = self._view(stored_name)
         raw = self._raw(view, rows)
-        numbers = ggml.decode(view.stored.kind, raw)
+        numbers = ggml.decode(view.tensor.kind, raw)
         if len(view.shape) == 1:
             whole = numbers.reshape(-1)
             numbers = (whole if view.order is None else whole[view.order])[rows or slice(None)]
@@ -94,9 +93,9 @@ class GgufCheckpoint(Checkpoint):
 
     def weight(self, module: str) -> Weight:
         view = self._view(f"{module}.weight")
-        if view.stored.kind.is_float:
+        if view.tensor.kind.is_float:
             return self.read(view.name)
-        found = _on_grid(view.stored.kind, self._raw(view, None))
+        found = _on_grid(view.tensor.kind, self._raw(view, None))
         if not np.isfinite(found.scale).all():
             raise BadCheckpoint(f"{self.path}: tensor {view.name} has a step that is a NaN or an infinity")
         return found
@@ -106,7 +105,7 @@ class GgufCheckpoint(Checkpoint):
 
     def is_compressed(self, module: str) -> bool:
         view = self.infos.get(f"{module}.weight")
-        return isinstance(view, _View) and not view.stored.kind.is_float
+        return isinstance(view, _View) and not view.tensor.kind.is_float
 
     def tensor(self, name: str) -> NDArray[Any]:
         return self.read(name)
@@ -126,15 +125,15 @@ class GgufCheckpoint(Checkpoint):
 
     def _raw(self, view: _View, rows: slice | None) -> NDArray[np.uint8]:
         if len(view.shape) == 1 or (rows is None and view.order is None):
-            return self._gguf.read(view.stored.name)
-        low, high, _ = (rows or slice(None)).indices(view.stored.rows)
+            return self._gguf.read(view.tensor.name)
+        low, high, _ = (rows or slice(None)).indices(view.tensor.rows)
         if view.order is None:
-            return self._gguf.read(view.stored.name, low, max(high - low, 0))
+            return self._gguf.read(view.tensor.name, low, max(high - low, 0))
         wanted = view.order[low:high]
         if not len(wanted):
-            return self._gguf.read(view.stored.name, 0, 0)
+            return self._gguf.read(view.tensor.name, 0, 0)
         start = int(wanted.min())
-        return self._gguf.read(view.stored.name, start, int(wanted.max()) + 1 - start)[wanted - start]
+        return self._gguf.read(view.tensor.name, start, int(wanted.max()) + 1 - start)[wanted - start]
 
     def _views(self) -> Iterator[_View]:
         architecture = self._keys.architecture
@@ -144,10 +143,12 @@ class GgufCheckpoint(Checkpoint):
             stored = architecture.stored(name)
             if stored is None:
                 raise Unsupported(f"{self.path}: tensor {name} is not one that {architecture.name} is read with")
-            dtype = tensor.kind.layout if tensor.kind.is_float else np.dtype(np.float32)
+            dtype, step = np.dtype(np.float32), np.dtype(np.float16)
+            if tensor.kind.is_float:
+                dtype = step = tensor.kind.layout
             offset = architecture.norm_offset if "norm" in name else 0.0
             order = self._order(name) if architecture.neighbours else None
-            yield _View(stored, dtype, tensor.shape, tensor.start, tensor, order, offset)
+            yield _View(stored, dtype, tensor.shape, tensor.start, tensor.nbytes, step, 0, tensor, order, offset)
 
     def _order(self, name: str) -> NDArray[np.int64] | None:
         """Rows of queries and keys: neighbours of a pair become rows half a head apart."""

@@ -123,6 +123,7 @@ def test_export_of_a_bitmask_is_the_dense_artifact(recipe: str, tmp_path: Path) 
     child = subprocess.run([sys.executable, "-m", "penjing", "export", *flags], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     answer = json.loads(child.stdout)
+    assert "% of the compressed weights are zeros, written as zeros" in answer["notes"][0]
     assert answer["size_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     dense, out = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "out")
     assert dense.config == out.config

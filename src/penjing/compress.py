@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import __version__, hardware, verify
 from .checkpoint import Checkpoint, artifact, open_checkpoint
 from .checkpoint.atomic import write_json
+from .checkpoint.decoded import Decoded
+from .checkpoint.describe import format_of
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.journal import ARTIFACT, FOLDER, Journal, fingerprint
 from .checkpoint.plan import Plan, Shard, make_plan
@@ -35,6 +37,14 @@ if TYPE_CHECKING:
 # Bytes of the original that are done, and all of them.
 Progress = Callable[[float, float], None]
 SHARD_BYTES = 64 << 20
+BITMASK_NOTE = (
+    "sparse: what is pruned is stored as a bitmask, smaller, which only Penjing reads;"
+    " penjing export --format compressed-tensors makes the form that everything reads"
+)
+DENSE_NOTE = (
+    "sparse: what is pruned is stored as zeros, which transformers and vLLM read and treat as any other weight;"
+    " --sparse-storage bitmask is smaller, for Penjing alone"
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ def compress(
     many bytes of the original, and a killed run goes on at a file.  check: how many blocks' logits the self-check
     computes.  evaluate: a file of held-out text to measure ΔL on.  calibration, samples, sequence_length, device: for
     methods that need data; see `calibrate.Calibration`.  progress: is told bytes of the original that are done, and all
-    (before that, of tokens that the model writes itself).  announce: is told the bound of the memory before the run.
+    (before that, of tokens that the model writes itself).  announce: is told, line by line before the run, the bound of
+    the memory, when the model is compressed already, and how a sparse result is stored.
 
     The same call after a crash goes on where it was and ends with the same bytes; after success it returns what is
     there. Raises BadInput (BadCheckpoint, BadRecipe, Unsupported) for what cannot be done, OutOfBudget for memory and
@@ -135,8 +146,8 @@ def compress(
     made = build(recipe, with_data=bool(calibration), **settings)
     for rule in made.rules:
         apply.check(rule)
-    checkpoint, folder = open_checkpoint(model), Path(output)
-    unstack(checkpoint)
+    folder, say = Path(output), announce or _say_nothing
+    checkpoint = _open(model, say)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
     opener = _Opener(tuple(map(Path, calibration)), samples, sequence_length, made.seed, device)
@@ -159,10 +170,12 @@ def compress(
         return _result(folder, done, start, footprint.total, None, already=True)
     try:
         resumed = journal.begin(restart=restart)
-        say, report = announce or _say_nothing, progress or _say_nothing
+        report = progress or _say_nothing
         if calibration and seen_by is None:
             say("no method of this recipe needs calibration data; it is not used")
         say(str(footprint))
+        if any(rule.prune for rule in plan.rules.values()):
+            say(BITMASK_NOTE if plan.bitmask else DENSE_NOTE)
         if seen_by is not None:
             _prepare(seen_by, memory_limit, report, say)
         if shrinking is not None:
@@ -181,6 +194,18 @@ def compress(
     if evaluate is not None:
         made_artifact = _evaluated(folder, made_artifact, checkpoint.path, Path(evaluate))
     return _result(folder, made_artifact, start, footprint.total, first if resumed else None, already=False)
+
+
+def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
+    """The original, as numbers; said, where they are what an earlier compression left."""
+    stored = open_checkpoint(model)
+    unstack(stored)
+    if stored.compressed:
+        say(
+            f"{stored.path}: its weights are compressed already ({format_of(stored)}), and what that lost stays lost;"
+            " compress the original where there is one"
+        )
+    return Decoded(stored) if stored.compressed and "quantization_config" in stored.config else stored
 
 
 @dataclass(frozen=True)

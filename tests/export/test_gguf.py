@@ -48,6 +48,15 @@ def test_symmetric_grids_keep_their_integers(bits: int, group: int, tmp_path: Pa
         np.testing.assert_array_equal(after.decode(), before.decode())
 
 
+def test_zeros_stay_zeros_and_are_said_to_be_dense(tmp_path: Path) -> None:
+    made = compress(NOVELIST, tmp_path / "c", "int4-sparse50", group_size=32, check="none").output
+    found = export(made, tmp_path / "c.gguf", "gguf")
+    assert "50% of the compressed weights are zeros, written as zeros: llama.cpp" in found.notes[0]
+    first, again = open_checkpoint(made), open_checkpoint(tmp_path / "c.gguf")
+    name = "model.layers.3.mlp.down_proj.weight"
+    np.testing.assert_array_equal(again.tensor(name), first.tensor(name))
+
+
 def test_another_grid_is_said_to_be_rounded_again(tmp_path: Path) -> None:
     made = compress(NOVELIST, tmp_path / "c", bits=4, group_size=16, symmetric=True, check="none").output
     assert "rounded again" in export(made, tmp_path / "c.gguf", "gguf").notes[0]

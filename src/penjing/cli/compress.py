@@ -79,15 +79,8 @@ def compress(
     import sys
 
     from ..compress import compress as run
-    from ._common import parse_size, progress_bar, say_notes
+    from ._common import parse_size, progress_bar
 
-    if sparse_storage == "bitmask":
-        print(
-            "penjing: bitmask storage is smaller, and only Penjing reads it;"
-            " penjing export --format compressed-tensors makes the form that everything reads",
-            file=sys.stderr,
-        )
-    say_notes(model)
     with progress_bar("compressing") as progress:
         result = run(
             model,

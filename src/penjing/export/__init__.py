@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint, qweight
+from ..checkpoint.describe import sparsity_of
 from ..checkpoint.gguf import GgufCheckpoint
 from ..errors import BadInput, Unsupported, nearest
 from ..models import read_config
@@ -46,10 +47,23 @@ def export(
         if path.exists():
             raise BadInput(f"{path}: is there; give the name of a new file")
         digest, size, notes = gguf.write(checkpoint, read_config(checkpoint), path, type)
-        return ExportResult(str(path), size, digest, tuple(notes))
+        return ExportResult(str(path), size, digest, (*notes, *_sparse(checkpoint, "llama.cpp")))
     if isinstance(checkpoint, GgufCheckpoint):
         raise Unsupported(f"{checkpoint.path}: it has no compressed-tensors form; compress it instead")
+    if any(scheme.format in qweight.FORMATS for scheme in checkpoint.schemes):
+        raise Unsupported(f"{checkpoint.path}: vLLM and transformers read its format as it is; gguf can be written")
     if type != "auto":
         raise BadInput(f"type={type!r} is of GGUF files; leave it out for {format}")
     digest, size = compressed_tensors.write(checkpoint, path)
-    return ExportResult(str(path), size, digest)
+    return ExportResult(str(path), size, digest, _sparse(checkpoint, "transformers and vLLM"))
+
+
+def _sparse(checkpoint: Checkpoint, readers: str) -> tuple[str, ...]:
+    """What is said of a model with pruned weights: other readers have no kernels for them."""
+    sparsity = sparsity_of(checkpoint)
+    if not sparsity:
+        return ()
+    return (
+        f"{sparsity:.0%} of the compressed weights are zeros, written as zeros: {readers} give them the room and the"
+        " time of any other; only Penjing's engine gains by them",
+    )

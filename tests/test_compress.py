@@ -339,3 +339,12 @@ def test_calibration_data_that_no_method_needs_is_not_used_and_that_is_said(mode
 def test_read_safetensors_sees_the_metadata_that_transformers_wants(model: Path, tmp_path: Path) -> None:
     compress(model, tmp_path / "out", "int8")
     assert read_safetensors(tmp_path / "out" / "model.safetensors")[1] == {"format": "pt"}
+
+
+def test_clipped_weights_are_reported(model: Path, tmp_path: Path) -> None:
+    """A percentile leaves out the largest weight of each group: one in 32, of which some are near enough to its end."""
+    result = compress(model, tmp_path / "out", bits=4, group_size=32, observer="percentile")
+    assert len(result.clipped) == 21
+    assert all(0 < share < 2 / 32 for share in result.clipped.values())
+    assert compress(model, tmp_path / "plain", bits=4, group_size=32).clipped == {}
+    assert ("clipped" in str(result)) == any(share > 0.01 for share in result.clipped.values())

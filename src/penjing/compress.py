@@ -45,6 +45,7 @@ DENSE_NOTE = (
     "sparse: what is pruned is stored as zeros, which transformers and vLLM read and treat as any other weight;"
     " --sparse-storage bitmask is smaller, for Penjing alone"
 )
+MUCH_CLIPPED = 0.01  # share of a layer's weights; more is said at the end
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class CompressResult:
     digest: what ``sha256sum *.safetensors | sha256sum`` says in the folder.  check: what the self-check found.
     calibration: on what, and what each layer loses (see `artifact.calibration`); None for methods without data.
     evaluation: ΔL on held-out text, if it was asked for.  shrunk: which layers stay, sizes before and after, and what
-    that costs the modules that read the units; None where nothing went as a whole.
+    that costs the modules that read the units; None where nothing went as a whole.  clipped: modules of whose weights a
+    share lies beyond the range of its steps.
     """
 
     output: str
@@ -78,6 +80,7 @@ class CompressResult:
     calibration: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     shrunk: dict[str, Any] | None
+    clipped: dict[str, float]
 
     def __str__(self) -> str:
         smaller = self.original_size_bytes / self.size_bytes
@@ -97,6 +100,12 @@ class CompressResult:
             rows["shrunk"] = ", ".join(f"{key} {before} → {after}" for key, (before, after) in sizes)
         if self.calibration is not None:
             rows["calibration"] = _calibration_line(self.calibration)
+        if many := {module: share for module, share in self.clipped.items() if share > MUCH_CLIPPED}:
+            worst = max(many, key=lambda module: many[module])
+            rows["clipped"] = (
+                f"{len(many)} layers have more than {MUCH_CLIPPED:.0%} of their weights beyond the range of their"
+                f" steps; most {worst}, {many[worst]:.1%}"
+            )
         if self.evaluation is not None:
             low, high = self.evaluation["loss_change_ci95"] or (float("nan"), float("nan"))
             rows["ΔL"] = f"{self.evaluation['loss_change']:+.4f}, 95 % [{low:+.4f}, {high:+.4f}]"
@@ -314,7 +323,7 @@ def _write(
 ) -> dict[str, Any]:
     digest, length = write_safetensors(journal.output / shard.name, contents.tensors, {"format": "pt"})
     sizes = {name: tensor.nbytes for name, tensor in contents.tensors.items()}
-    entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": contents.zeros}
+    entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": contents.zeros, "clipped": contents.clipped}
     if contents.verdicts:
         entry["verdicts"] = contents.verdicts
     journal.finish(shard.name, entry)
@@ -397,5 +406,8 @@ def _result(
         memory_bound_bytes=bound,
         resumed_at_block=resumed_at,
         already_done=already,
-        **{name: made[name] for name in (*same, "digest", "blocks", "check", "calibration", "evaluation", "shrunk")},
+        **{
+            name: made[name]
+            for name in (*same, "digest", "blocks", "check", "calibration", "evaluation", "shrunk", "clipped")
+        },
     )

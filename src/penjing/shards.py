@@ -28,10 +28,15 @@ Solution = NDArray[Any] | AffineTensor
 
 @dataclass
 class Contents:
-    """What a file will hold. zeros: module → weights pruned.  verdicts: module → what calibration found of it."""
+    """What a file will hold.
+
+    zeros: module → weights pruned.  clipped: module → the share of its weights that its steps do not reach.  verdicts:
+    module → what calibration found of it.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[str, int] = field(default_factory=dict)
+    clipped: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, plan: Plan, module: str, whole: Solution) -> None:
@@ -54,8 +59,10 @@ def solve_shard(plan: Plan, shard: Shard, calibrator: Calibrator | None, tick: T
             continue
         share = sum(plan.checkpoint.infos[name].nbytes for name in block.tensors) / size
         _calibrated(plan, contents, block.name, modules, calibrator, _part_of(tick, share))
-    for module, whole in _solved_plainly(plan, plainly):
+    for module, whole, clipped in _solved_plainly(plan, plainly):
         contents.add(plan, module, whole)
+        if clipped:
+            contents.clipped[module] = clipped
         if apply.needs(plan.rules[module]):
             contents.verdicts[module] = {"uncalibrated": True, "checksum": storage.checksum(whole)}
     return contents
@@ -76,6 +83,8 @@ def _calibrated(
     with calibrator.open(block, tick) as opened:
         for module, whole, verdict in compress_block(opened, modules, plan.rules, solve):
             contents.add(plan, module, whole)
+            if clipped := verdict.pop("clipped", 0.0):
+                contents.clipped[module] = clipped
             contents.verdicts[module] = verdict | {"checksum": storage.checksum(whole)}
         contents.tensors |= {name: opened.get(name) for name in opened.changed if name in contents.tensors}
         for module in opened.starved:
@@ -84,18 +93,26 @@ def _calibrated(
             contents.verdicts[module]["unfolded"] = True
 
 
-def _solved_plainly(plan: Plan, modules: Iterable[str]) -> Iterator[tuple[str, Solution]]:
-    """Modules without statistics, each some rows at a time where its method allows it.
+def _solved_plainly(plan: Plan, modules: Iterable[str]) -> Iterator[tuple[str, Solution, float]]:
+    """Modules without statistics, each some rows at a time where its method allows it, with the share that is clipped.
 
     Those whose methods need data lie outside the blocks (a head, say); they are rounded to nearest.
     """
     pieces = [(module, rows) for module in modules for rows in row_ranges(plan, module)]
-    solved = (
-        (piece[0], _solve(plan, _without_data(plan, piece[0]), piece[0], weight, Statistics()))
-        for piece, weight in _read_ahead(plan, pieces)
-    )
-    for module, parts in itertools.groupby(solved, key=lambda item: item[0]):
-        yield module, apply.join([weight for _, weight in parts])
+
+    def solved() -> Iterator[tuple[str, Solution, float]]:
+        for (module, _), weight in _read_ahead(plan, pieces):
+            rule = _without_data(plan, module)
+            part = _solve(plan, rule, module, weight, Statistics())
+            yield module, part, len(weight) * apply.clipped(weight, part, 64) if apply.clips(rule) else 0.0
+
+    for module, group in itertools.groupby(solved(), key=lambda item: item[0]):
+        parts = list(group)
+        yield (
+            module,
+            apply.join([part for _, part, _ in parts]),
+            sum(c for *_, c in parts) / plan.weight(module).shape[0],
+        )
 
 
 def _read_ahead(plan: Plan, pieces: Iterable[tuple[str, slice]]) -> Iterator[tuple[tuple[str, slice], NDArray[Any]]]:

@@ -10,7 +10,8 @@ from realistic import layer
 
 from penjing import methods
 from penjing.errors import BadInput, BadRecipe
-from penjing.formats.affine import AffineTensor
+from penjing.formats import affine
+from penjing.formats.affine import AffineTensor, Grid
 from penjing.methods import apply, awq, gptq, joint, sparsegpt
 from penjing.methods.statistics import KINDS, Statistics
 from penjing.recipe import Prune, Quantize, Rule, Transform
@@ -121,3 +122,32 @@ def test_a_solution_is_judged_by_what_rounding_would_have_lost() -> None:
     assert worse["plain_loss"] < 1
     with pytest.raises(BadInput, match="needs calibration"):
         apply.judge(weight, weight, Statistics(), pruned)
+
+
+def test_norms_of_the_input_judge_as_the_diagonal_of_the_hessian() -> None:
+    weight, _, statistics = layer(20, 64, 1)
+    norms = Statistics({"input_norm": np.sqrt(np.diagonal(statistics["hessian"])).astype(np.float32)})
+    pruned = rule(None, {"method": "wanda"})
+    solved = apply.solve(pruned, weight, norms, scale_dtype="float32", seed=0)
+    verdict = apply.judge(weight, solved, norms, pruned)
+    lost, whole = (np.square(each * norms["input_norm"]).sum() for each in (weight - solved, weight))
+    assert verdict["loss"] == pytest.approx(lost / whole, rel=1e-4)
+    assert verdict["loss"] <= verdict["plain_loss"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_beyond_the_range_of_their_steps_are_counted(symmetric: bool) -> None:
+    """Steps for ±1 on weights of which a known share is larger than that."""
+    grid = Grid(4, 8, symmetric)
+    weight = np.random.default_rng(0).uniform(-1, 1, (40, 16)).astype(np.float32)
+    ends = np.ones((40, 2), np.float32)
+    scale, zero = affine.fit(-ends, ends, grid)
+    weight[::4, ::8] = 1.5
+    solved = AffineTensor(affine.encode(weight, scale, zero, grid), scale, zero, grid)
+    assert apply.clipped(weight, solved, 40) == pytest.approx(10 * 2 / weight.size)
+    assert apply.clipped(weight, solved, 1) == pytest.approx(2 / 16)  # the first row alone
+    assert apply.clipped(weight, weight) == 0
+    whole = apply.solve(rule({"method": "rtn", "group_size": 8}), weight, Statistics(), scale_dtype="float32", seed=0)
+    assert apply.clipped(weight, whole) == 0
+    assert not apply.clips(rule({"method": "rtn"}))
+    assert apply.clips(rule({"method": "rtn", "observer": "mse"}))

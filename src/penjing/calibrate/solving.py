@@ -25,8 +25,9 @@ def compress_block(
 ) -> Iterator[tuple[str, Solution, Verdict]]:
     """Each module of an open block with its solution and what that loses; then the block is passed on, compressed.
 
-    A verdict has ``loss`` and ``plain_loss`` where a hessian was collected (see `apply.judge`), ``kept_plain`` where
-    the solution was worse than rounding, which stands in its place, and ``uncalibrated`` where no input was seen.
+    A verdict has ``loss`` and ``plain_loss`` where a hessian or norms of the input were collected (see `apply.judge`),
+    ``kept_plain`` where the solution was worse than rounding, which stands in its place, ``uncalibrated`` where no
+    input was seen, and ``clipped``, the share of weights that its steps do not reach.
     """
     done: dict[str, Solution] = {}
     for each, statistics in block.inputs():
@@ -36,25 +37,31 @@ def compress_block(
             if module in block.plain_losses:  # of the weight as it was before its transform
                 verdict["plain_loss"] = block.plain_losses[module]
             done[module] = solved
-            yield module, solved, verdict
+            yield module, solved, _with_clipped(verdict, rules[module], weight, solved)
     for module in modules:
         if module not in done:
             rule = rules[module]
             blind = bool(apply.needs(rule))
             rule = apply.plain(rule) if blind else rule
-            done[module] = solve(rule, module, block.get(f"{module}.weight"), Statistics())
-            yield module, done[module], {"uncalibrated": True} if blind else {}
+            weight = block.get(f"{module}.weight")
+            done[module] = solve(rule, module, weight, Statistics())
+            verdict = {"uncalibrated": True} if blind else {}
+            yield module, done[module], _with_clipped(verdict, rule, weight, done[module])
     for module in list(done):
         solved = done.pop(module)
         block.set(f"{module}.weight", solved if isinstance(solved, np.ndarray) else solved.decode())
     block.advance()
 
 
+def _with_clipped(verdict: Verdict, rule: Rule, weight: NDArray[Any], solved: Solution) -> Verdict:
+    return verdict | {"clipped": apply.clipped(weight, solved)} if apply.clips(rule) else verdict
+
+
 def _best(
     rule: Rule, module: str, weight: NDArray[Any], statistics: Statistics, solve: Solve
 ) -> tuple[Solution, Verdict]:
     solved = solve(rule, module, weight, statistics)
-    if "hessian" not in statistics:
+    if "hessian" not in statistics and "input_norm" not in statistics:
         return solved, {}
     verdict: Verdict = dict(apply.judge(weight, solved, statistics, rule))
     if verdict["loss"] > verdict["plain_loss"]:

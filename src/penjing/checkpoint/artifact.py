@@ -140,6 +140,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
         "bits_per_weight": 8 * sum(nbytes for _, nbytes in sizes) / parameters,
         "target_bits_per_weight": 8 * stored / targeted if targeted else 0.0,
         "sparsity": zeros / targeted if targeted else 0.0,
+        "clipped": {m: round(c, 6) for entry in entries.values() for m, c in sorted(entry["clipped"].items())},
         "stacked_bytes": sum(info.nbytes for info in stacks),
         "blocks": plan.blocks,
         "evaluation": None,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, BadRecipe, nearest
+from ..formats import affine
 from ..formats.affine import AffineTensor, Grid
 from ..recipe import Prune, Quantize, Rule
 from . import JOINT, linalg, pruner, quantizer, transform
@@ -80,10 +81,14 @@ def judge(
 ) -> dict[str, float]:
     """What a solution loses of the layer's output, and what rounding (and magnitude pruning) alone would have lost.
 
-    Needs the hessian. ``loss`` and ``plain_loss`` are shares of tr(W H Wᵀ), over at most so many rows, evenly chosen: a
-    loss above the plain one is a layer to do again or to keep. ``damping`` is there when the methods had to raise it.
+    Needs the hessian, or input_norm, which is the root of its diagonal. ``loss`` and ``plain_loss`` are shares of
+    tr(W H Wᵀ), over at most so many rows, evenly chosen: a loss above the plain one is a layer to do again or to keep.
+    ``damping`` is there when the methods had to raise it.
     """
-    hessian = statistics.need("hessian", weight.shape[1])
+    if "hessian" in statistics:
+        hessian = statistics.need("hessian", weight.shape[1])
+    else:
+        hessian = np.square(statistics.need("input_norm", weight.shape[1]))
     simple = solve(plain(rule), weight, Statistics(), scale_dtype="float32", seed=0)
     some = np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(np.int64)
     found = {
@@ -91,6 +96,29 @@ def judge(
         for name, each in (("loss", solved), ("plain_loss", simple))
     }
     return found | linalg.damping_used(statistics)
+
+
+def clips(rule: Rule) -> bool:
+    """May a rule's grid leave out weights at the ends? Rounding over the whole range leaves out none."""
+    quantize = rule.quantize
+    return quantize is not None and not (quantize.method == "rtn" and quantize.observer in (None, "minmax"))
+
+
+def clipped(weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, rows: int = 256) -> float:
+    """The share of weights that lie beyond the range of their step by more than half of it: clipped, not rounded.
+
+    Of at most so many rows, evenly chosen; 0 where nothing is on a grid.
+    """
+    if isinstance(solved, np.ndarray):
+        return 0.0
+    some = np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(np.int64)
+    at = some if len(solved.scale) > 1 else slice(None)
+    values, grid = weight[some].astype(np.float32), solved.grid
+    step = affine.spread(solved.scale[at], values.shape)
+    zero = 0 if solved.zero_point is None else affine.spread(solved.zero_point[at], values.shape).astype(np.float32)
+    place = values / step + zero
+    half = np.float32(0.501)  # a weight half a step away may have been rounded either way
+    return float(((place > grid.qmax + half) | (place < grid.qmin - half)).mean())
 
 
 def decoded_rows(weight: NDArray[Any] | AffineTensor, rows: NDArray[np.int64]) -> NDArray[Any]:

@@ -130,9 +130,12 @@ def _invert(lower: Doubles) -> None:
 
 
 def losses(error: NDArray[Any], hessian: NDArray[Any]) -> Doubles:
-    """e H eᵀ of each row of an error (out, in): float64 (out,)."""
+    """e H eᵀ of each row of an error (out, in): float64 (out,).  hessian: (in, in), or its diagonal alone (in,)."""
     found = np.empty(len(error), np.float64)
     h = hessian.astype(np.float32, copy=False)
+    if h.ndim == 1:
+        np.einsum("oi,i->o", np.square(error.astype(np.float32)), h, dtype=np.float64, out=found)
+        return found
     for low in range(0, len(error), 512):
         rows = error[low : low + 512].astype(np.float32)
         found[low : low + 512] = np.einsum("oi,oi->o", rows @ h, rows, dtype=np.float64)

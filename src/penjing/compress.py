@@ -27,7 +27,7 @@ from .errors import BadInput, PenjingError, Unsupported
 from .footprint import Footprint, check_disk, fit, fit_shrinking
 from .methods import apply
 from .models.stacked import unstack
-from .recipe import Recipe, Rule, build
+from .recipe import Recipe, Recover, Rule, build
 from .shards import Contents, solve_shard, solved_again
 from .shrink import Shrinking
 
@@ -59,7 +59,7 @@ class CompressResult:
     calibration: on what, and what each layer loses (see `artifact.calibration`); None for methods without data.
     evaluation: ΔL on held-out text, if it was asked for.  shrunk: which layers stay, sizes before and after, and what
     that costs the modules that read the units; None where nothing went as a whole.  clipped: modules of whose weights a
-    share lies beyond the range of its steps.
+    share lies beyond the range of its steps.  recovered: block → error of its output ``before`` and ``after`` training.
     """
 
     output: str
@@ -81,6 +81,7 @@ class CompressResult:
     evaluation: dict[str, Any] | None
     shrunk: dict[str, Any] | None
     clipped: dict[str, float]
+    recovered: dict[str, dict[str, float]]
 
     def __str__(self) -> str:
         smaller = self.original_size_bytes / self.size_bytes
@@ -98,6 +99,9 @@ class CompressResult:
         if self.shrunk is not None:
             sizes = self.shrunk["sizes"].items()
             rows["shrunk"] = ", ".join(f"{key} {before} → {after}" for key, (before, after) in sizes)
+        if self.recovered:
+            before, after = (sum(its[when] for its in self.recovered.values()) for when in ("before", "after"))
+            rows["recovered"] = f"blocks' outputs are off by {after / max(before, 1e-30):.2f} × what they were"
         if self.calibration is not None:
             rows["calibration"] = _calibration_line(self.calibration)
         if many := {module: share for module, share in self.clipped.items() if share > MUCH_CLIPPED}:
@@ -164,8 +168,11 @@ def compress(
 
     def prepare(seen: Checkpoint) -> tuple[Plan, Calibrator | None, Footprint]:
         plan = make_plan(seen, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
-        with_data = any(apply.needs(rule) for rule in plan.rules.values())
+        with_data = made.recover is not None or any(apply.needs(rule) for rule in plan.rules.values())
         calibrator = opener.open(seen, plan.rules, folder / FOLDER) if with_data else None
+        if calibrator is not None and made.recover is not None:
+            layers = None if shrinking is None else shrinking.found.get("layers", shrinking.layers.first)
+            opener.teach(calibrator, checkpoint, made.recover, layers, folder / FOLDER / "teacher")
         return fit(plan, calibrator, memory_limit)
 
     plan, calibrator, footprint = prepare(checkpoint if shrinking is None else shrinking.provisional())
@@ -238,6 +245,17 @@ class _Opener:
             ) from None
         calibration = Calibration(self.files, self.samples, self.length, self.seed)
         return open_calibrator(seen, calibration, rules, folder, self.device)
+
+    def teach(
+        self, calibrator: Calibrator, whole: Checkpoint, asked: Recover, layers: list[int] | None, folder: Path
+    ) -> None:
+        """Give a calibrator the original to be like.  layers: numbers of the original's that stay; None is all."""
+        from .calibrate.recover import Teacher
+
+        original = self.open(whole, {}, folder)
+        ends = [*(range(len(original.order)) if layers is None else layers), len(original.order)]
+        calibrator.teacher = Teacher(original, ends[1:], asked)
+        calibrator.collect({})
 
 
 def _open_shrinking(checkpoint: Checkpoint, recipe: Recipe, folder: Path, opener: _Opener) -> Shrinking | None:
@@ -324,6 +342,7 @@ def _write(
     digest, length = write_safetensors(journal.output / shard.name, contents.tensors, {"format": "pt"})
     sizes = {name: tensor.nbytes for name, tensor in contents.tensors.items()}
     entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": contents.zeros, "clipped": contents.clipped}
+    entry["recovered"] = contents.recovered
     if contents.verdicts:
         entry["verdicts"] = contents.verdicts
     journal.finish(shard.name, entry)
@@ -347,11 +366,13 @@ def _complete(
     saved = open_checkpoint(output, config)
     verdicts = {module: its for entry in entries.values() for module, its in entry.get("verdicts", {}).items()}
     checksums = {module: its["checksum"] for module, its in verdicts.items()}
+    solved = checksums if checksums or plan.recipe.recover is not None else None
     again = functools.partial(solved_again, plan)
-    verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, checksums or None)
+    verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, solved)
     saved.close()
     described = artifact.describe(plan, journal.identity, journal.files, entries)
     described |= {"check": verdict, "calibration": artifact.calibration(journal.identity, verdicts), "shrunk": shrunk}
+    described["recovered"] = {block: its for entry in entries.values() for block, its in entry["recovered"].items()}
     write_json(output / ARTIFACT, described)
     artifact.complete(output, config)
     journal.close()
@@ -408,6 +429,16 @@ def _result(
         already_done=already,
         **{
             name: made[name]
-            for name in (*same, "digest", "blocks", "check", "calibration", "evaluation", "shrunk", "clipped")
+            for name in (
+                *same,
+                "digest",
+                "blocks",
+                "check",
+                "calibration",
+                "evaluation",
+                "shrunk",
+                "clipped",
+                "recovered",
+            )
         },
     )

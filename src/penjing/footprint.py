@@ -105,13 +105,15 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
     }
     terms = {"interpreter": here, "files and parts": plan.memory_bytes(plainly)}
     if calibrator is not None:
-        from .calibrate import needs
+        from .calibrate import needs, recovery_bytes
 
         its = needs(calibrator, plan.rules)
         terms |= {
             "a block": its.weights,
             "one layer solved, or a batch": max(its.solving, its.activations),
         }
+        if calibrator.teacher is not None:
+            terms["recovery"] = recovery_bytes(calibrator)
         left = limit - sum(terms.values())
         calibrator.budget = max(its.largest, min(its.statistics, left))
         terms["statistics"] = calibrator.budget
@@ -121,7 +123,7 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
 def check_disk(plan: Plan, journal: Journal, calibrator: Calibrator | None) -> None:
     """OutOfBudget when the files that are left to write, and the hidden states between blocks, do not fit."""
     left = sum(plan.output_bytes(shard) for shard in plan.shards if journal.finished(shard.name) is None)
-    hidden = 0 if calibrator is None else 3 * calibrator.hidden_bytes()
+    hidden = 0 if calibrator is None else (3 if calibrator.teacher is None else 5) * calibrator.hidden_bytes()
     free = shutil.disk_usage(journal.output).free
     if left + hidden > free:
         raise OutOfBudget(f"{journal.output}: {left + hidden} bytes are needed on the disk, {free} are free")

@@ -167,6 +167,23 @@ class Shrink:
         return counted or (self.narrows and SHRINKERS[self.method])
 
 
+@dataclass(frozen=True)
+class Recover:
+    """Each compressed block trained to give what the original gave, on calibration text; codes and zeros stay.
+
+    epochs: times that all text is gone through.  rate: of the first steps, as a share of what is trained.
+    """
+
+    epochs: int = 4
+    rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if type(self.epochs) is not int or self.epochs < 1:
+            raise BadRecipe(f"epochs={self.epochs!r}: give a whole number, 1 or more")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
+            raise BadRecipe(f"rate={self.rate!r}: give a number above 0, up to 1")
+
+
 # How units are chosen → does it need data?
 SHRINKERS = {"l1": False, "l2": False, "random": False, "wanda": True, "obs": True}
 
@@ -197,6 +214,7 @@ class Recipe:
     seed: int = 0
     version: int = VERSION
     shrink: Shrink | None = None
+    recover: Recover | None = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -246,7 +264,7 @@ def matches(pattern: str, module: str) -> bool:
 
 
 Part = TypeVar("Part", Quantize, Prune, Transform)
-Settings = TypeVar("Settings", Quantize, Prune, Transform, Shrink)
+Settings = TypeVar("Settings", Quantize, Prune, Transform, Shrink, Recover)
 
 
 def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
@@ -282,6 +300,7 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     if "version" not in value:
         raise BadRecipe(f"{where}: version is missing; write version: {VERSION}")
     shrink = _settings(Shrink, value.get("shrink"), f"{where}: shrink")
+    recover = _settings(Recover, value.get("recover"), f"{where}: recover")
     given = value.get("rules", () if shrink else None)
     if not isinstance(given, list | tuple):
         raise BadRecipe(f"{where}: rules is missing, or not a list")
@@ -303,7 +322,7 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     seed = value.get("seed", 0)
     if type(seed) is not int:
         raise BadRecipe(f"{where}: seed={seed!r}: give a whole number")
-    return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"], shrink)
+    return Recipe(tuple(rules), IGNORE if "ignore" not in value else ignore, seed, value["version"], shrink, recover)
 
 
 # The field's words for bits and activations: rounded to nearest, without data.
@@ -371,16 +390,16 @@ def build(
 
     settings: the fields of `Quantize`, of `Prune` (there ``method`` is called ``prune_method``, and ``options``
     ``prune_options``), of `Transform` (``transform``, ``transform_options``) and of `Shrink` (``remove_layers``,
-    ``prune_neurons``, ``prune_heads``, ``prune_experts``, ``shrink_method``, ``multiple``), ``ignore`` and ``seed``;
-    None leaves a setting as it is. They change every rule of the recipe; without one they make a rule for all modules.
-    with_data: there is text to calibrate on, so that where neither a recipe nor a method is named, the best that use it
-    are meant.
+    ``prune_neurons``, ``prune_heads``, ``prune_experts``, ``shrink_method``, ``multiple``), ``ignore``, ``seed`` and
+    ``recover`` (true or false); None leaves a setting as it is. They change every rule of the recipe; without one they
+    make a rule for all modules. with_data: there is text to calibrate on, so that where neither a recipe nor a method
+    is named, the best that use it are meant.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in SETTINGS:
             raise BadRecipe(f"unknown setting {name!r}; {nearest(name, SETTINGS)}")
-    ignore, seed = given.pop("ignore", None), given.pop("seed", None)
+    ignore, seed, recover = (given.pop(name, None) for name in ("ignore", "seed", "recover"))
     shrink = _pop_shrink(given)
     changes = {part: {of: given[name] for name, of in names.items() if name in given} for part, names in _NAMES.items()}
     if recipe is None and not given and not shrink and not with_data:
@@ -397,6 +416,7 @@ def build(
         ignore=made.ignore if ignore is None else _texts(ignore, "ignore"),
         seed=made.seed if seed is None else seed,
         shrink=_changed_shrink(made.shrink, shrink),
+        recover=Recover() if recover and made.recover is None else made.recover,
     )
 
 
@@ -414,7 +434,7 @@ _SHRINK = {
     **{"remove_layers": "layers", "prune_neurons": "neurons", "prune_heads": "heads", "prune_experts": "experts"},
     **{"shrink_method": "method", "multiple": "multiple"},
 }
-SETTINGS = (*(name for names in _NAMES.values() for name in names), "ignore", "seed", *_SHRINK)
+SETTINGS = (*(name for names in _NAMES.values() for name in names), "ignore", "seed", "recover", *_SHRINK)
 
 
 def _pop_shrink(settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,14 @@ class Contents:
     """What a file will hold.
 
     zeros: module → weights pruned.  clipped: module → the share of its weights that its steps do not reach.  verdicts:
-    module → what calibration found of it.
+    module → what calibration found of it.  recovered: block → errors of its output before and after it was trained.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[str, int] = field(default_factory=dict)
     clipped: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recovered: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plan: Plan, module: str, whole: Solution) -> None:
         rule = plan.rules[module]
@@ -80,8 +81,18 @@ def _calibrated(
     def solve(rule: Rule, module: str, weight: NDArray[Any], statistics: Statistics) -> Solution:
         return _solve(plan, rule, module, weight, statistics)
 
+    if calibrator.teacher is not None:
+        calibrator.teacher.go_through(calibrator.order.index(block), calibrator.tokens)
+
+    def recovery(solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+        assert calibrator.teacher is not None
+        found, contents.recovered[block] = calibrator.teacher.recover(opened, solutions)
+        opened.changed |= {name for name in found if name.removesuffix(".weight") not in plan.rules}
+        return {name.removesuffix(".weight"): solved for name, solved in found.items() if name not in opened.changed}
+
     with calibrator.open(block, tick) as opened:
-        for module, whole, verdict in compress_block(opened, modules, plan.rules, solve):
+        asked = recovery if calibrator.teacher is not None else None
+        for module, whole, verdict in compress_block(opened, modules, plan.rules, solve, asked):
             contents.add(plan, module, whole)
             if clipped := verdict.pop("clipped", 0.0):
                 contents.clipped[module] = clipped

@@ -10,11 +10,12 @@ folding   where a transform's scales can go, found by trial
 stream    the chain of blocks, and the files between them
 influence which layers and units the model would miss
 memory    what all that takes at most
+recover   a block trained to be like the original's
 solving   a block compressed on its statistics, and judged
 """
 
 from .data import Calibration, read_tokens
-from .memory import Needs, needs, needs_of_units
+from .memory import Needs, needs, needs_of_units, recovery_bytes
 from .solving import compress_block
 from .stream import Calibrator, OpenBlock, Tick, fingerprint, open_calibrator
 
@@ -30,4 +31,5 @@ __all__ = [
     "needs_of_units",
     "open_calibrator",
     "read_tokens",
+    "recovery_bytes",
 ]

@@ -63,6 +63,16 @@ def needs_of_units(calibrator: Calibrator, readers: Sequence[Sequence[Reader]]) 
     return Needs(weights, statistics, largest, solving, inside)
 
 
+def recovery_bytes(calibrator: Calibrator) -> int:
+    """What training a block takes: each number of it, what it is moved by, its gradient and Adam's two, and a batch.
+
+    What a batch leaves for the way back is counted as two batches more.
+    """
+    order = calibrator.order[: calibrator.chained]
+    numbers = max(sum(t.numel() for t in map(calibrator.graph.tensor, calibrator.graph.block_parts(b))) for b in order)
+    return 32 * numbers + 2 * max(activations(calibrator, block) for block in order)
+
+
 def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:
     for part in calibrator.graph.block_parts(block).values():
         for _, name in part.sources:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,22 @@ Solve = Callable[[Rule, str, NDArray[Any], Statistics], Solution]
 
 
 def compress_block(
-    block: OpenBlock, modules: Sequence[str], rules: Mapping[str, Rule], solve: Solve
-) -> Iterator[tuple[str, Solution, Verdict]]:
-    """Each module of an open block with its solution and what that loses; then the block is passed on, compressed.
+    block: OpenBlock,
+    modules: Sequence[str],
+    rules: Mapping[str, Rule],
+    solve: Solve,
+    recovery: Callable[[Mapping[str, Solution]], Mapping[str, Solution]] | None = None,
+) -> list[tuple[str, Solution, Verdict]]:
+    """Each module of an open block with its solution and what that loses; the block is passed on, compressed.
+
+    recovery: is given the solutions while the block computes with them → those that it trained to something better.
 
     A verdict has ``loss`` and ``plain_loss`` where a hessian or norms of the input were collected (see `apply.judge`),
     ``kept_plain`` where the solution was worse than rounding, which stands in its place, ``uncalibrated`` where no
     input was seen, and ``clipped``, the share of weights that its steps do not reach.
     """
     done: dict[str, Solution] = {}
+    verdicts: dict[str, Verdict] = {}
     for each, statistics in block.inputs():
         for module in each.modules:
             weight = block.get(f"{module}.weight")
@@ -37,7 +44,7 @@ def compress_block(
             if module in block.plain_losses:  # of the weight as it was before its transform
                 verdict["plain_loss"] = block.plain_losses[module]
             done[module] = solved
-            yield module, solved, _with_clipped(verdict, rules[module], weight, solved)
+            verdicts[module] = _with_clipped(verdict, rules[module], weight, solved)
     for module in modules:
         if module not in done:
             rule = rules[module]
@@ -46,11 +53,13 @@ def compress_block(
             weight = block.get(f"{module}.weight")
             done[module] = solve(rule, module, weight, Statistics())
             verdict = {"uncalibrated": True} if blind else {}
-            yield module, done[module], _with_clipped(verdict, rule, weight, done[module])
-    for module in list(done):
-        solved = done.pop(module)
+            verdicts[module] = _with_clipped(verdict, rule, weight, done[module])
+    for module, solved in done.items():
         block.set(f"{module}.weight", solved if isinstance(solved, np.ndarray) else solved.decode())
+    if recovery is not None:
+        done |= recovery(done)
     block.advance()
+    return [(module, done[module], verdict) for module, verdict in verdicts.items()]
 
 
 def _with_clipped(verdict: Verdict, rule: Rule, weight: NDArray[Any], solved: Solution) -> Verdict:

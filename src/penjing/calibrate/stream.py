@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,9 @@ from .folding import Folder, scale_for
 from .graph import Call, Graph, to_torch
 from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
 from .own import Own
+
+if TYPE_CHECKING:
+    from .recover import Teacher
 
 # About so many tokens go through a block at a time: many make products fast, few fit in less memory.
 BATCH_TOKENS = (2048, 1024, 512)
@@ -58,6 +61,7 @@ class Calibrator:
         own: Own | None = None,
     ) -> None:
         self.own = own
+        self.teacher: Teacher | None = None  # whom blocks are trained to be like, where that is asked for
         self.graph, self.checkpoint, self.device = graph, graph.checkpoint, graph.device
         self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
         self.rules = rules
@@ -249,9 +253,20 @@ class OpenBlock:
             self._tick(0.5 / len(batches))
         return collecting
 
+    def batches(self) -> list[slice]:
+        """Rows of text that go through the block together."""
+        return self.owner._batches()
+
+    def call(self, rows: slice) -> Call:
+        """What the block is called with for some rows of text."""
+        return self.owner._call(self.number, rows)
+
+    def hidden(self, rows: slice) -> Tensor:
+        """What comes into the block for some rows of text: float32."""
+        return to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
+
     def _run(self, rows: slice, seen: Any = None) -> Tensor:
-        hidden = to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
-        return self.live.run(self.owner._call(self.number, rows), hidden, seen)
+        return self.live.run(self.call(rows), self.hidden(rows), seen)
 
     def watch(self) -> None:
         """Compute the block on all tokens, for whoever has put hooks in it."""

@@ -50,6 +50,7 @@ def compress(
         None, help="How these are chosen: obs or wanda; l1, l2, random need no data."
     ),
     multiple: int | None = typer.Option(None, min=1, help="Neurons that stay come in multiples of it; 64."),
+    recover: bool = typer.Option(False, "--recover", help="Train each compressed block towards the original's output."),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -118,6 +119,7 @@ def compress(
             prune_experts=prune_experts,
             shrink_method=shrink_method,
             multiple=multiple,
+            recover=recover or None,
             ignore=ignore or None,
             seed=seed,
         )

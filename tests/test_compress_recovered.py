@@ -1,0 +1,152 @@
+"""Recovery: what may move, towards what, and that it is kept only where it helped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate_models import make, text
+from penjing import models
+from penjing.checkpoint import open_checkpoint
+from penjing.compress import compress
+from penjing.errors import BadRecipe, PenjingError
+from penjing.formats.affine import AffineTensor
+from penjing.models.reference import Reference
+from penjing.recipe import Recover, from_json
+
+ROWS: dict[str, Any] = {"samples": 48, "sequence_length": 32}
+INT3: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 16}
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    make(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(text(48 * 32))
+    return tmp_path
+
+
+def run(work: Path, out: str, **changes: Any) -> Any:
+    settings = {**ROWS, "calibration": [work / "text.txt"], "shard_bytes": 1, "recover": True, **changes}
+    return compress(work / "model", work / out, **settings)
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    saved = open_checkpoint(folder)
+    return {name: saved.weight(name.removesuffix(".weight")) for name in saved.names}
+
+
+def test_codes_stay_and_steps_and_norms_move(work: Path) -> None:
+    result = run(work, "out", **INT3)
+    plain = compress(work / "model", work / "plain", **INT3)
+    assert plain.recovered == {}
+    assert len(result.recovered) == 3
+    assert all(its["after"] < its["before"] for its in result.recovered.values())
+    one, two = numbers(work / "out"), numbers(work / "plain")
+    moved = 0
+    for name in two:
+        if isinstance(two[name], AffineTensor):
+            np.testing.assert_array_equal(one[name].codes, two[name].codes)
+            moved += (one[name].scale != two[name].scale).any()
+            np.testing.assert_allclose(one[name].scale, two[name].scale, rtol=0.2)
+        elif "layernorm" in name:
+            moved += (one[name] != two[name]).any()
+        else:
+            np.testing.assert_array_equal(one[name], two[name])
+    assert moved > 20
+
+
+def test_what_was_pruned_stays_zero(work: Path) -> None:
+    result = run(work, "out", prune_method="l1", sparsity=0.5)
+    compress(work / "model", work / "plain", prune_method="l1", sparsity=0.5)
+    assert all(its["after"] < its["before"] for its in result.recovered.values())
+    one, two = numbers(work / "out"), numbers(work / "plain")
+    for name in two:
+        np.testing.assert_array_equal(one[name] == 0, two[name] == 0, err_msg=name)
+    assert any((one[name] != two[name]).any() for name in two if "proj" in name)
+
+
+def hidden_states(folder: Path, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What comes into each block, and what leaves the last one."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    last: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with torch.no_grad():
+        found = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    return [*found[:-1], last[0]]
+
+
+@pytest.mark.parametrize("gone", [(), (1,)], ids=["all layers", "one gone"])
+def test_errors_are_those_against_the_original(gone: tuple[int, ...], work: Path) -> None:
+    """Of the last block, on the rows that were not trained on, from transformers' own computation of both models."""
+    settings = {"remove_layers": gone} if gone else {}
+    result = run(work, "out", **settings, **({} if gone else INT3))
+    words = [int(word[1:]) for word in text(48 * 32).split()]
+    batches = torch.tensor(words).reshape(3, 16, 32)
+    folder = work / "out"
+    if not gone:  # as floats, which transformers computes with exactly
+        from test_compress_calibrated import off_by
+
+        off_by(make(work / "again", "llama"), folder)
+        folder = work / "out-decoded"
+    right, found = (torch.cat([hidden_states(each, b)[-1] for b in batches]) for each in (work / "model", folder))
+    error = float((found - right).square().sum() / right.square().sum())
+    last = list(result.recovered.values())[-1]
+    assert last["after"] == pytest.approx(error, rel=1e-2)
+    assert last["after"] < last["before"]
+
+
+def test_recovery_of_a_shrunk_and_quantized_model_is_served(work: Path) -> None:
+    result = run(work, "out", prune_neurons=0.5, multiple=8, remove_layers=1, method="gptq", bits=4, group_size=8)
+    assert len(result.recovered) == 2
+    saved = open_checkpoint(work / "out")
+    logits = Reference(saved, models.read_config(saved)).logits(np.arange(3, 20))
+    assert np.isfinite(logits).all()
+    assert "recovered" in str(result)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_neox", "gemma2"])
+def test_other_families_recover(family: str, tmp_path: Path) -> None:
+    make(tmp_path / "model", family)
+    (tmp_path / "text.txt").write_text(text(48 * 32))
+    result = run(tmp_path, "out", **INT3)
+    assert all(its["after"] <= its["before"] for its in result.recovered.values())
+    assert sum(its["after"] for its in result.recovered.values()) < sum(
+        its["before"] for its in result.recovered.values()
+    )
+
+
+@pytest.mark.parametrize("reports", [2, 3, 4])
+def test_an_interrupted_run_ends_with_the_same_bytes(reports: int, work: Path) -> None:
+    settings = {**INT3, "remove_layers": (1,)}
+    whole = run(work, "whole", **settings)
+    left = reports
+
+    def progress(done: float, total: float) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    with pytest.raises(PenjingError, match="the same command goes on from there"):
+        run(work, "out", progress=progress, **settings)
+    assert run(work, "out", **settings).digest == whole.digest
+    said = json.loads((work / "out" / "penjing.json").read_text())
+    assert said["recovered"] == whole.recovered
+
+
+def test_wrong_settings_are_one_line() -> None:
+    for value, message in (
+        ({"epochs": 0}, "epochs=0"),
+        ({"rate": 2}, "rate=2"),
+        ({"epoch": 1}, "did you mean 'epochs'"),
+    ):
+        with pytest.raises(BadRecipe, match=message):
+            from_json({"version": 1, "rules": [{"quantize": {}}], "recover": value})
+    assert from_json({"version": 1, "rules": [{"quantize": {}}], "recover": {}}).recover == Recover()

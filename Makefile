@@ -11,7 +11,7 @@ NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*/*.cpp native/
 FORMATTED := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fix bench engines llamacpp serve native asan fuzz arm clean
+.PHONY: help demo test test-all lint fix bench engines llamacpp quality serve native asan fuzz arm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ engines: $(VENV)/.installed ## the engine beside llama.cpp, OpenVINO, vLLM and v
 
 llamacpp: $(VENV)/.installed ## llama.cpp itself on exported GGUF files (LLAMACPP: a Python that has llama-cpp-python)
 	PENJING_LLAMACPP=$(LLAMACPP) $(BIN)/python -m pytest tests/export -q
+
+quality: $(VENV)/.installed ## what compressing loses, beside other tools: make quality CALIBRATION=novel.txt; takes hours
+	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION)
 
 serve: $(VENV)/.installed ## serve Novelist at http://127.0.0.1:8000
 	$(BIN)/penjing serve examples/novelist

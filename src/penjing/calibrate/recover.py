@@ -1,8 +1,9 @@
 """Recovery: what is free in a compressed block trained to give what the original's layers gave, on calibration text.
 
-Codes stay codes, and what was pruned stays zero: free are the steps of quantized weights, the weights that are left of
-the others, norms and biases. Block-wise reconstruction, as in "BRECQ" (Li et al., 2021, arXiv 2102.05426), from the
-inputs of the compressed model to the outputs of the original one; by Adam (Kingma and Ba, 2015), at a falling rate.
+What was pruned stays zero. Codes stay, and free are the steps of quantized weights, the weights that are left of the
+others, norms and biases; or else codes move on their steps (see `latent`), and beside them only what a pruner left.
+Block-wise reconstruction, as in "BRECQ" (Li et al., 2021, arXiv 2102.05426), from the inputs of the compressed model to
+the outputs of the original one; by Adam (Kingma and Ba, 2015), at a falling rate.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from ..checkpoint.safetensors import SafetensorsFile
 from ..formats import affine
 from ..formats.affine import SCALE_DTYPES, AffineTensor
 from ..recipe import Recover
-from .block import LiveBlock
 from .graph import Part, to_torch
+from .latent import Latent
 from .stream import Calibrator, OpenBlock
 
 Solution = NDArray[Any] | AffineTensor
+BETAS = (0.9, 0.95)
 HELD_BACK = 8  # of so many batches one is not trained on: it says whether training helped
 
 
@@ -79,10 +81,10 @@ def recover(
     live, batches = opened.live, opened.batches()
     trained = [rows for number, rows in enumerate(batches) if (number + 1) % HELD_BACK] or batches
     held = [rows for number, rows in enumerate(batches) if not (number + 1) % HELD_BACK] or batches
-    free = _free(live, solutions)
+    free = _free(opened, solutions, asked.codes)
     before = _error(opened, free, held, target)
-    leaves = [each.leaf for each in free.values()]
-    optimizer = torch.optim.Adam(leaves, lr=asked.rate)
+    leaves = [each.leaf for each in free.values() if each.leaf.requires_grad]
+    optimizer = torch.optim.Adam(leaves, lr=asked.rate, betas=BETAS, eps=1e-12)
     steps, done = asked.epochs * len(trained), 0
     order = np.random.default_rng(opened.number)
     for _ in range(asked.epochs):
@@ -95,10 +97,11 @@ def recover(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             done += 1
-    found = {name: each.result() for name, each in free.items()}
+    found = {name: each.result() for name, each in free.items() if each.leaf.requires_grad}
     for name, solved in found.items():
         live.set(name, solved.decode() if isinstance(solved, AffineTensor) else solved)
-    after = _error(opened, _free(live, {n.removesuffix(".weight"): s for n, s in found.items()}), held, target)
+    moved = {name.removesuffix(".weight"): solved for name, solved in found.items()}
+    after = _error(opened, _free(opened, moved, asked.codes), held, target)
     if after < before:
         return found, {"before": before, "after": after}
     for name, each in free.items():
@@ -107,18 +110,22 @@ def recover(
     return {}, {"before": before, "after": before}
 
 
-def _free(live: LiveBlock, solutions: Mapping[str, Solution]) -> dict[str, Free]:
-    """All tensors of a block that it computes with row by row; floating ones."""
-    found = {}
+def _free(opened: OpenBlock, solutions: Mapping[str, Solution], codes: bool) -> dict[str, Free | Latent]:
+    """All floating tensors of a block that it computes with row by row; where codes move, what is not solved stays."""
+    found: dict[str, Free | Latent] = {}
+    live, rules = opened.live, opened.owner.rules
     for name in live.names:
-        stored = live.get(name)
-        if stored.dtype.kind in "fV":
-            solved = solutions.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        module, stored = name.removesuffix(".weight"), live.get(name)
+        solved = solutions.get(module) if name.endswith(".weight") else None
+        if codes and isinstance(solved, AffineTensor):
+            found[name] = Latent(stored, solved, rules[module].prune is not None, live.graph.device)
+        elif stored.dtype.kind in "fV":
             found[name] = Free(stored, solved, live.graph.device)
+            found[name].leaf.requires_grad_(solved is not None or not codes)
     return found
 
 
-def _computed(opened: OpenBlock, free: Mapping[str, Free], rows: slice) -> Tensor:
+def _computed(opened: OpenBlock, free: Mapping[str, Free | Latent], rows: slice) -> Tensor:
     """What leaves the block for some rows of text, differentiable in what is free."""
     live = opened.live
     prefix = f"{live.graph.modules[live.name]}."
@@ -147,7 +154,7 @@ def _assembled(tensor: Tensor, part: Part, values: Mapping[str, Tensor]) -> Tens
 
 
 def _error(
-    opened: OpenBlock, free: Mapping[str, Free], batches: list[slice], target: Callable[[slice], Tensor]
+    opened: OpenBlock, free: Mapping[str, Free | Latent], batches: list[slice], target: Callable[[slice], Tensor]
 ) -> float:
     wrong = whole = 0.0
     with torch.no_grad():

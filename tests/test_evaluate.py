@@ -264,15 +264,18 @@ def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
         evaluate(NOVELIST, [TEXT[:2000]], other)
 
 
-def test_weights_that_are_not_numbers_are_no_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "layers.2.input_layernorm.weight has a NaN"), (3e38, "not finite")]
+)
+def test_weights_that_are_not_numbers_are_no_result(value: float, said: str, tmp_path: Path) -> None:
     tensors = pytest.importorskip("safetensors.numpy")
     broken = copy(tmp_path / "broken")
     weights = tensors.load_file(NOVELIST / "model.safetensors")
-    weights["model.layers.2.input_layernorm.weight"] = np.full(384, np.nan, np.float32)
+    weights["model.layers.2.input_layernorm.weight"] = np.full(384, value, np.float32)
     (broken / "model.safetensors").unlink()
     tensors.save_file(weights, broken / "model.safetensors")
     for against in (None, NOVELIST):
-        with pytest.raises(PenjingError, match="not finite"):
+        with pytest.raises(PenjingError, match=said):
             evaluate(broken, [TEXT[:2000]], against, context_length=64)
 
 

@@ -88,6 +88,3 @@ class View(Checkpoint):
             return self.whole.read(piece.source, slice(0, 0))
         low, high = int(wanted[0]), int(wanted[-1]) + 1
         return self.whole.read(piece.source, slice(low, high))[wanted - low]
-
-    def split(self, name: str, parts: Mapping[str, tuple[int, int, int]]) -> None:
-        raise NotImplementedError("tensors of several matrices are split before a view is made")

@@ -78,7 +78,7 @@ def recover(
     squares on the part of the text that is not trained on, over those of the target, ``before`` and ``after``; where it
     did not get smaller nothing is changed.
     """
-    live, batches = opened.live, opened.batches()
+    batches = opened.batches()
     trained = [rows for number, rows in enumerate(batches) if (number + 1) % HELD_BACK] or batches
     held = [rows for number, rows in enumerate(batches) if not (number + 1) % HELD_BACK] or batches
     free = _free(opened, solutions, asked.codes)
@@ -98,16 +98,19 @@ def recover(
             optimizer.step()
             done += 1
     found = {name: each.result() for name, each in free.items() if each.leaf.requires_grad}
-    for name, solved in found.items():
-        live.set(name, solved.decode() if isinstance(solved, AffineTensor) else solved)
+    _set(opened, found)
     moved = {name.removesuffix(".weight"): solved for name, solved in found.items()}
     after = _error(opened, _free(opened, moved, asked.codes), held, target)
     if after < before:
         return found, {"before": before, "after": after}
-    for name, each in free.items():
-        solved = each.stored if each.solved is None else each.solved
-        live.set(name, solved.decode() if isinstance(solved, AffineTensor) else solved)
+    _set(opened, {name: each.stored if each.solved is None else each.solved for name, each in free.items()})
     return {}, {"before": before, "after": before}
+
+
+def _set(opened: OpenBlock, solutions: Mapping[str, Solution]) -> None:
+    """Have the block compute with these tensors."""
+    for name, solved in solutions.items():
+        opened.live.set(name, solved.decode() if isinstance(solved, AffineTensor) else solved)
 
 
 def _free(opened: OpenBlock, solutions: Mapping[str, Solution], codes: bool) -> dict[str, Free | Latent]:

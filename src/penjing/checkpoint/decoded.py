@@ -72,8 +72,4 @@ class Decoded(Checkpoint):
 def _rows(weight: Weight, rows: slice) -> NDArray[Any]:
     if isinstance(weight, BitmaskTensor):
         weight = weight.decode()
-    if not isinstance(weight, AffineTensor):
-        return weight[rows]
-    steps = rows if len(weight.scale) == len(weight.codes) else slice(None)
-    zero = None if weight.zero_point is None else weight.zero_point[steps]
-    return AffineTensor(weight.codes[rows], weight.scale[steps], zero, weight.grid).decode()
+    return weight.rows(rows).decode() if isinstance(weight, AffineTensor) else weight[rows]

@@ -96,6 +96,12 @@ class AffineTensor:
         """The numbers that the codes stand for: float32 (out, in)."""
         return decode(self.codes, self.scale, self.zero_point)
 
+    def rows(self, rows: slice | NDArray[np.int64]) -> AffineTensor:
+        """Some of its rows, on the same grid."""
+        at = rows if len(self.scale) == len(self.codes) else slice(None)
+        zero = None if self.zero_point is None else self.zero_point[at]
+        return AffineTensor(self.codes[rows], self.scale[at], zero, self.grid)
+
 
 def _grouped(values: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
     """(out, in) as (out, groups, columns per group), so that steps broadcast over the last axis."""

@@ -15,7 +15,7 @@ from ..formats import affine
 from ..formats.affine import AffineTensor, Grid
 from ..recipe import Prune, Quantize, Rule
 from . import JOINT, linalg, pruner, quantizer, transform
-from .statistics import Statistics
+from .statistics import Statistics, evenly
 
 # What a rule says in its own fields, and not among a method's options.
 FIELDS = ("grid", "observer", "sparsity", "scope", "pattern", "seed")
@@ -90,7 +90,7 @@ def judge(
     else:
         hessian = np.square(statistics.need("input_norm", weight.shape[1]))
     simple = solve(plain(rule), weight, Statistics(), scale_dtype="float32", seed=0)
-    some = np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(np.int64)
+    some = evenly(len(weight), rows)
     found = {
         name: linalg.relative_loss(weight[some], decoded_rows(each, some), hessian)
         for name, each in (("loss", solved), ("plain_loss", simple))
@@ -111,11 +111,10 @@ def clipped(weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, rows: int
     """
     if isinstance(solved, np.ndarray):
         return 0.0
-    some = np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(np.int64)
-    at = some if len(solved.scale) > 1 else slice(None)
-    values, grid = weight[some].astype(np.float32), solved.grid
-    step = affine.spread(solved.scale[at], values.shape)
-    zero = 0 if solved.zero_point is None else affine.spread(solved.zero_point[at], values.shape).astype(np.float32)
+    some = evenly(len(weight), rows)
+    values, part, grid = weight[some].astype(np.float32), solved.rows(some), solved.grid
+    step = affine.spread(part.scale, values.shape)
+    zero = 0 if part.zero_point is None else affine.spread(part.zero_point, values.shape).astype(np.float32)
     place = values / step + zero
     half = np.float32(0.501)  # a weight half a step away may have been rounded either way
     return float(((place > grid.qmax + half) | (place < grid.qmin - half)).mean())
@@ -123,11 +122,7 @@ def clipped(weight: NDArray[Any], solved: NDArray[Any] | AffineTensor, rows: int
 
 def decoded_rows(weight: NDArray[Any] | AffineTensor, rows: NDArray[np.int64]) -> NDArray[Any]:
     """Some rows of a solution, as numbers."""
-    if isinstance(weight, np.ndarray):
-        return weight[rows]
-    at = rows if len(weight.scale) > 1 else slice(None)
-    zero = None if weight.zero_point is None else weight.zero_point[at]
-    return AffineTensor(weight.codes[rows], weight.scale[at], zero, weight.grid).decode()
+    return weight[rows] if isinstance(weight, np.ndarray) else weight.rows(rows).decode()
 
 
 def memory_bytes(rule: Rule, rows: int, columns: int) -> int:

@@ -18,7 +18,7 @@ from .. import kernels
 from ..formats.affine import Grid
 from . import linalg, options
 from .scaling import Floats, check_readers, level
-from .statistics import Statistics
+from .statistics import Statistics, evenly
 
 NEEDS: tuple[str, ...] = ("absmean", "hessian")
 
@@ -41,7 +41,7 @@ def solve(weights: Sequence[NDArray[Any]], statistics: Statistics, config: Confi
     columns = check_readers(weights)
     strength = statistics.need("absmean", columns).astype(np.float64)
     hessian = statistics.need("hessian", columns)
-    samples = [_some_rows(weight, config.rows) for weight in weights]
+    samples = [weight[evenly(len(weight), config.rows)] for weight in weights]
     best, least = np.ones(columns, np.float32), np.inf
     for power in np.arange(config.tries) / config.tries:
         scale = level(strength**power)
@@ -59,10 +59,3 @@ def error(weights: Sequence[NDArray[Any]], scale: Floats, hessian: NDArray[Any],
         rounded = kernels.quantize(np.ascontiguousarray(values * scale), grid).decode() / scale
         total += float(linalg.losses(values - rounded, hessian).sum())
     return total
-
-
-def _some_rows(weight: NDArray[Any], rows: int) -> NDArray[Any]:
-    """At most so many rows, evenly spread."""
-    if len(weight) <= rows:
-        return weight
-    return weight[np.linspace(0, len(weight) - 1, rows).astype(np.int64)]

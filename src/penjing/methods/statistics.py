@@ -161,3 +161,8 @@ def _symmetric(total: NDArray[Any], count: int) -> Floats:
         whole[low:high, low:high] = corner + np.triu(corner, 1).T
         whole[high:, low:high] = whole[low:high, high:].T
     return whole
+
+
+def evenly(count: int, most: int) -> NDArray[np.int64]:
+    """Numbers of at most so many of ``count`` rows, evenly spread."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)

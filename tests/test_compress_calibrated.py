@@ -246,14 +246,16 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_numbers(work: Path) -> 
         run(work, "out", memory_limit=1000)
 
 
-def test_a_limit_makes_batches_smaller(work: Path) -> None:
+def test_a_limit_makes_batches_smaller(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what this process had before must not decide; 65 MiB are saved by smaller parts and fewer statistics alone
+    monkeypatch.setattr("penjing.hardware.peak_memory_bytes", lambda: 1 << 30)
     make(work / "model", "llama", hidden_size=256, intermediate_size=1024)
     rows = {"samples": 40, "sequence_length": 64, "calibration": [work / "long.txt"], "bits": 4}
     (work / "long.txt").write_text(text(40 * 64))
     said: list[str] = []
     free = run(work, "out", **rows, announce=said.append)
     batches = json.loads((work / "out" / "penjing.json").read_text())["identity"]["batch"]
-    run(work, "less", **rows, memory_limit=free.memory_bound_bytes - (8 << 20))
+    run(work, "less", **rows, memory_limit=free.memory_bound_bytes - (72 << 20))
     assert json.loads((work / "less" / "penjing.json").read_text())["identity"]["batch"] < batches == 2048 // 64
 
 

@@ -1,6 +1,10 @@
 """How fast a checkpoint becomes int4, and in how much memory: Penjing, the disk alone, and llm-compressor.
 
-    python benchmarks/compress_speed.py [--size 1.1b] [--runs 5] [--peer-python PYTHON] [--write docs/benchmarks]
+    python benchmarks/compress_speed.py [--size 1.1b] [--method rtn] [--runs 5] [--peer-python PYTHON]
+                                        [--write docs/benchmarks]
+
+`--method gptq` calibrates on 32 × 512 tokens of Novelist's text: Penjing's preset `balanced`, and its gptq without
+sweeps, which is the paper's and llm-compressor's.
 
 Runs alternate; before each one the checkpoint is dropped from the page cache. "Disk alone" reads the same bytes and
 writes as many as the result has, in one thread, with the data forced to disk at the end. Times are of whole processes;
@@ -25,6 +29,9 @@ from pathlib import Path
 from make_llama import SIZES, make
 
 HERE = Path(__file__).parent
+DRIVER = HERE / "peers/llmcompressor_int4.py"
+NOVELIST = HERE.parent / "examples/novelist"
+TEXT, SAMPLES, LENGTH = NOVELIST / "evaluation.txt", 32, 512  # of speed, not of quality: any text is good
 MB = 1_000_000
 
 
@@ -50,27 +57,60 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--layers", type=int, help="fewer or more than a model of that size has")
+    parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer-python", help="a Python that has llmcompressor; without it the peer is left out")
     parser.add_argument("--folder", type=Path, help="where to work (a new temporary folder)")
     parser.add_argument("--write", type=Path, help="folder for compress_speed.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        report = compare(Path(work), arguments.size, arguments.runs, arguments.peer_python)
+        model, output = Path(work) / "model", Path(work) / "int4"
+        make(model, arguments.size, depth=arguments.layers, tokenizer=NOVELIST)
+        title = f"{TITLES[arguments.method]}: {arguments.size} parameters"
+        title += f", {arguments.layers} layers" if arguments.layers else ""
+        commands = COMMANDS[arguments.method](model, output, arguments.peer_python)
+        report = compare(title, model, output, commands, arguments.runs)
     print(report)
     if arguments.write:
         arguments.write.mkdir(parents=True, exist_ok=True)
-        (arguments.write / f"compress_speed_{arguments.size}.md").write_text(report)
+        method = "" if arguments.method == "rtn" else f"_{arguments.method}"
+        (arguments.write / f"compress_speed{method}_{arguments.size}.md").write_text(report)
 
 
-def compare(work: Path, size: str, runs: int, peer: str | None) -> str:
-    model, output = work / "model", work / "int4"
-    make(model, size)
-    read = sum(file.stat().st_size for file in model.iterdir())
-    compress = [sys.executable, "-m", "penjing", "compress", str(model), "-o", str(output), "--bits", "4"]
-    commands = {"Penjing": [*compress, "--group-size", "128", "--json"]}
+def rtn(model: Path, output: Path, peer: str | None) -> dict[str, list[str]]:
+    commands = {"Penjing": [*penjing(model, output), "--bits", "4", "--group-size", "128"]}
     if peer:
-        commands["llm-compressor"] = [peer, str(HERE / "peers/llmcompressor_rtn.py"), str(model), str(output)]
+        commands["llm-compressor"] = [peer, str(DRIVER), str(model), str(output)]
+    return commands
+
+
+def gptq(model: Path, output: Path, peer: str | None) -> dict[str, list[str]]:
+    calibrated = [*penjing(model, output), "--calibration", str(TEXT)]
+    calibrated += ["--samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
+    as_paper = ["--method", "gptq", "--bits", "4", "--group-size", "128", "--option", "sweeps=0"]
+    commands = {
+        "Penjing": [*calibrated, "--recipe", "balanced"],
+        "Penjing, no sweeps": [*calibrated, *as_paper],
+    }
+    if peer:
+        commands["llm-compressor"] = [peer, str(DRIVER), str(model), str(output), str(TEXT), str(SAMPLES), str(LENGTH)]
+    return commands
+
+
+def penjing(model: Path, output: Path) -> list[str]:
+    return [sys.executable, "-m", "penjing", "compress", str(model), "-o", str(output), "--json"]
+
+
+COMMANDS = {"rtn": rtn, "gptq": gptq}
+TITLES = {
+    "rtn": "Round-to-nearest int4, groups of 128",
+    "gptq": f"GPTQ int4, groups of 128, {SAMPLES} × {LENGTH} tokens",
+}
+
+
+def compare(title: str, model: Path, output: Path, commands: dict[str, list[str]], runs: int) -> str:
+    read = sum(file.stat().st_size for file in model.iterdir())
     results = {name: Runs() for name in ("disk alone", *commands)}
     interpreter = Runs()
     interpreter.add([sys.executable, "-c", "import numpy"])
@@ -83,8 +123,8 @@ def compare(work: Path, size: str, runs: int, peer: str | None) -> str:
                 written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
             shutil.rmtree(output)
         forget(model)
-        results["disk alone"].seconds.append(disk_seconds(model, written, work / "plain"))
-    return render(size, read, written, results, interpreter.peaks[0])
+        results["disk alone"].seconds.append(disk_seconds(model, written, output.with_name("plain")))
+    return render(title, read, written, results, interpreter.peaks[0])
 
 
 def forget(folder: Path) -> None:
@@ -113,7 +153,7 @@ def disk_seconds(model: Path, written: int, target: Path) -> float:
     return seconds
 
 
-def render(size: str, read: int, written: int, results: dict[str, Runs], interpreter: int) -> str:
+def render(title: str, read: int, written: int, results: dict[str, Runs], interpreter: int) -> str:
     ours = results["Penjing"].seconds
     rows = []
     for name, runs in results.items():
@@ -124,7 +164,7 @@ def render(size: str, read: int, written: int, results: dict[str, Runs], interpr
         rows.append(f"| {name} | {took} | {ratio:.2f} | {peak} |")
     return "\n".join(
         [
-            f"# Round-to-nearest int4, groups of 128: {size} parameters",
+            f"# {title}",
             "",
             f"{read / MB:,.0f} MB read, {written / MB:,.0f} MB written;"
             f" alternating runs: {len(ours)}; median (spread).",

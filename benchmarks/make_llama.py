@@ -35,13 +35,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.size, arguments.seed, arguments.layers)
-    for file in arguments.tokenizer.glob("tokenizer*.json") if arguments.tokenizer else ():
-        shutil.copy(file, arguments.folder)
+    make(arguments.folder, arguments.size, arguments.seed, arguments.layers, arguments.tokenizer)
 
 
-def make(folder: Path, size: str, seed: int = 0, depth: int | None = None) -> None:
-    """Write the checkpoint: one shard for the embeddings and one for every four blocks."""
+def make(folder: Path, size: str, seed: int = 0, depth: int | None = None, tokenizer: Path | None = None) -> None:
+    """Write the checkpoint: one shard for the embeddings and one for every four blocks.
+
+    depth: layers, if not as many as the size has.  tokenizer: a folder whose tokenizer's files are copied.
+    """
     hidden, layers, mlp, heads, kv_heads, vocabulary = SIZES[size]
     layers = depth or layers
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,8 @@ def make(folder: Path, size: str, seed: int = 0, depth: int | None = None) -> No
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for file in tokenizer.glob("tokenizer*.json") if tokenizer else ():
+        shutil.copy(file, folder)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> Chunks:

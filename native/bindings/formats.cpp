@@ -159,12 +159,15 @@ std::tuple<nb::object, nb::object> settle_columns(const In &base, const In &coup
                                                   const MaybeIn &low, const MaybeIn &high, const MaybeIn &group) {
   const float *from = checked<float>(base, "base", {any, any});
   const auto n = static_cast<int64_t>(base.shape(0)), out = static_cast<int64_t>(base.shape(1));
-  const Columns columns{from,
-                        checked<float>(reference, "reference", {n, out}),
-                        checked<float>(coupling, "coupling", {n, n}),
-                        checked<uint8_t>(kept, "kept", {n, out}),
-                        n,
-                        out};
+  Columns columns{from,
+                  checked<float>(reference, "reference", {n, out}),
+                  checked<float>(coupling, "coupling", {n, n}),
+                  checked<uint8_t>(kept, "kept", {n, out}),
+                  nullptr,
+                  n,
+                  out,
+                  nullptr,
+                  nullptr};
   require(!scale || (inverse && low && high && group), "scale: give inverse, low, high and group with it");
   const int64_t groups = scale ? static_cast<int64_t>(scale->shape(0)) : 0;
   const Steps steps{checked<float>(scale, "scale", {groups, out}), checked<float>(inverse, "inverse", {groups, out}),
@@ -173,16 +176,48 @@ std::tuple<nb::object, nb::object> settle_columns(const In &base, const In &coup
   for (int64_t i = 0; steps.group && i < n; ++i)
     require(steps.group[i] >= 0 && steps.group[i] < groups, "group: a column's group has no steps");
   const size_t shape[] = {base.shape(0), base.shape(1)};
-  float *error;
-  int16_t *codes = nullptr;
-  nb::object errors = numpy_array(shape, 2, &error), rounded = nb::none();
-  if (scale)
-    rounded = numpy_array(shape, 2, &codes);
+  nb::object errors = numpy_array(shape, 2, &columns.error), rounded = nb::none();
+  if (scale) {
+    columns.steps = &steps;
+    rounded = numpy_array(shape, 2, &columns.codes);
+  }
   {
     nb::gil_scoped_release release;
-    settle(columns, scale ? &steps : nullptr, codes, error);
+    settle(columns);
   }
   return {rounded, errors};
+}
+
+// values: (n, out); importance: (n, out) or (n, 1) → scale, zero point: (out,).
+std::tuple<nb::object, nb::object> search(const In &values, const In &importance, float least_code, float greatest_code,
+                                          bool symmetric, const std::string &scale_dtype, const In &shares,
+                                          const In &near) {
+  const float *from = checked<float>(values, "values", {any, any});
+  const auto n = static_cast<int64_t>(values.shape(0)), out = static_cast<int64_t>(values.shape(1));
+  const bool each = importance.ndim() == 2 && static_cast<int64_t>(importance.shape(1)) == out;
+  require(least_code < greatest_code, "codes: give the least and the greatest");
+  StepSearch search{from,
+                    checked<float>(importance, "importance", {n, each ? out : 1}),
+                    each,
+                    n,
+                    out,
+                    least_code,
+                    greatest_code,
+                    symmetric,
+                    scale_type(scale_dtype),
+                    checked<float>(shares, "shares", {any}),
+                    static_cast<int64_t>(shares.shape(0)),
+                    checked<float>(near, "near", {any}),
+                    static_cast<int64_t>(near.shape(0)),
+                    nullptr,
+                    nullptr};
+  const size_t shape[] = {values.shape(1)};
+  nb::object scale = numpy_array(shape, 1, &search.scale), zero = numpy_array(shape, 1, &search.zero);
+  {
+    nb::gil_scoped_release release;
+    search_steps(search);
+  }
+  return {scale, zero};
 }
 
 nb::object decode_bitmask(const In &values, const In &bitmask, int64_t columns) {
@@ -220,6 +255,8 @@ void formats(nb::module_ &m) {
   m.def("settle", &settle_columns, nb::arg("base"), nb::arg("coupling"), nb::arg("reference"), nb::arg("kept").none(),
         nb::arg("scale").none(), nb::arg("inverse").none(), nb::arg("low").none(), nb::arg("high").none(),
         nb::arg("group").none());
+  m.def("search_steps", &search, nb::arg("values"), nb::arg("importance"), nb::arg("least_code"),
+        nb::arg("greatest_code"), nb::arg("symmetric"), nb::arg("scale_dtype"), nb::arg("shares"), nb::arg("near"));
   m.def("bitmask_encode", &encode_bitmask, nb::arg("matrix"), nb::arg("floats"));
   m.def("bitmask_decode", &decode_bitmask, nb::arg("values"), nb::arg("bitmask"), nb::arg("columns"));
 }

@@ -34,11 +34,13 @@ using Function = std::remove_pointer_t<Pointer>;
   Function<decltype(Kernels::has_nonfinite)> has_nonfinite;                                                            \
   Function<decltype(Kernels::compress)> compress;                                                                      \
   Function<decltype(Kernels::expand)> expand;                                                                          \
-  constexpr Kernels table = {float_product,   decode_panel,  int8_product, group_product, group_panel,                 \
-                             encode_segments, attend_cached, write_cached, block_maxima,  softmax_weights,             \
-                             softmax_sums,    range,         encode_bytes, encode_quads,  to_float,                    \
-                             group_ranges,    encode_groups, pack,         unpack,        has_nonfinite,               \
-                             compress,        expand};                                                                 \
+  Function<decltype(Kernels::settle_outputs)> settle_outputs;                                                          \
+  Function<decltype(Kernels::search_outputs)> search_outputs;                                                          \
+  constexpr Kernels table = {float_product,   decode_panel,  int8_product,   group_product, group_panel,               \
+                             encode_segments, attend_cached, write_cached,   block_maxima,  softmax_weights,           \
+                             softmax_sums,    range,         encode_bytes,   encode_quads,  to_float,                  \
+                             group_ranges,    encode_groups, pack,           unpack,        has_nonfinite,             \
+                             compress,        expand,        settle_outputs, search_outputs};                          \
   }
 
 PENJING_TABLE(scalar)

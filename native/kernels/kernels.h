@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "formats/settle.h"
 #include "kernels/cached.h"
 #include "kernels/group.h"
 
@@ -116,6 +117,9 @@ struct Kernels {
   // Bits and kept values of one row; what is zero under `significant` (all bits but a float's sign) is not kept.
   int64_t (*compress)(const void *row, int64_t n, int width, uint32_t significant, uint8_t *bitmask, void *kept);
   int64_t (*expand)(const void *kept, const uint8_t *bitmask, int64_t n, int width, void *row);
+  // See settle.h. Some outputs: at most settle_width of them, or 16.
+  void (*settle_outputs)(const Columns &, int64_t first, int64_t count);
+  void (*search_outputs)(const StepSearch &, int64_t first, int count);
 };
 
 const Kernels &kernels(); // of the instruction set in use

@@ -166,5 +166,15 @@ def settle(
     high: Floats | None,
     group: NDArray[np.int32] | None,
 ) -> tuple[Any, Floats]: ...
+def search_steps(
+    values: Floats,
+    importance: Floats,
+    least_code: float,
+    greatest_code: float,
+    symmetric: bool,
+    scale_dtype: str,
+    shares: Floats,
+    near: Floats,
+) -> tuple[Floats, Floats]: ...
 def bitmask_encode(matrix: Any, floats: bool) -> tuple[Any, NDArray[np.uint8], NDArray[np.int64]]: ...
 def bitmask_decode(values: Any, bitmask: NDArray[np.uint8], columns: int) -> Any: ...

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from penjing import kernels
+from penjing.formats.affine import Grid
 from penjing.kernels import Steps, reference
 
 
@@ -43,3 +44,24 @@ def test_wrong_shapes_are_refused() -> None:
     one = np.ones((1, 4), np.float32)
     with pytest.raises(ValueError, match="no steps"):
         kernels.settle(wide, square, wide, None, Steps(one, one, one, np.array([0, 1, 0], np.int32)))
+
+
+@pytest.mark.parametrize(("n", "out"), [(1, 1), (7, 5), (128, 300), (130, 16), (600, 33), (3, 1000)])
+@pytest.mark.parametrize("grid", [Grid(4, -1), Grid(3, -1, symmetric=False), Grid(8, -1, scale_dtype="bfloat16")])
+@pytest.mark.parametrize("importances", ["one a column", "one a weight"])
+def test_searched_steps_are_those_of_the_reference(n: int, out: int, grid: Grid, importances: str) -> None:
+    rng = np.random.default_rng((n, out))
+    values = rng.standard_normal((n, out)).astype(np.float32)
+    importance = rng.random((n, out if importances == "one a weight" else 1)).astype(np.float32)
+    importance[rng.random(importance.shape) < 0.3] = 0
+    values[:, 0] = 0
+    trials = np.linspace(0.5, 1.1, 7, dtype=np.float32), np.array((0.95, 1, 1.05), np.float32)
+    ours = kernels.search_steps(values, importance, grid, *trials)
+    for one, other in zip(ours, reference.search_steps(values, importance, grid, *trials), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_search_of_wrong_shapes_is_refused() -> None:
+    few = np.ones(1, np.float32)
+    with pytest.raises(ValueError, match="importance"):
+        kernels.search_steps(np.zeros((3, 4), np.float32), np.zeros((2, 4), np.float32), Grid(4, -1), few, few)

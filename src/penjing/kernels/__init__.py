@@ -30,6 +30,7 @@ from .stream import (
     prune_threshold,
     quantize,
     quantize_packed,
+    search_steps,
     settle,
     unpack,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "quantize_packed",
     "rotate",
     "route",
+    "search_steps",
     "set_threads",
     "settle",
     "threads",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput
 from ..formats import affine, bitmask, packed
-from ..formats.affine import AffineTensor, Grid
+from ..formats.affine import SCALE_DTYPES, AffineTensor, Grid
 from .stream import Steps
 
 Floats = NDArray[np.float32]
@@ -245,6 +245,52 @@ def settle(
             best = np.where(kept[i], best, np.float32(0))
         error[i] = reference[i] - best
     return None if steps is None else codes, error
+
+
+def search_steps(values: Floats, importance: Floats, grid: Grid, shares: Floats, near: Floats) -> tuple[Floats, Floats]:
+    """Columns in order, in float32; every 128 of them are summed up in float64."""
+    h = np.broadcast_to(importance, values.shape)
+    counted = np.where(h > 0, values, np.float32(0))
+    low, high = np.minimum(counted.min(axis=0), 0), np.maximum(counted.max(axis=0), 0)
+    span = np.float32((grid.qmax - grid.qmin) / 2 if grid.symmetric else grid.qmax - grid.qmin)
+    reach = np.maximum(-low, high) if grid.symmetric else high - low
+
+    def stored(step: Floats) -> Floats:
+        kept = step.astype(SCALE_DTYPES[grid.scale_dtype]).astype(np.float32)
+        return np.where((kept > 0) & np.isfinite(kept), kept, np.float32(1))
+
+    def zero_for(low: Floats, step: Floats) -> Floats:
+        if grid.symmetric:
+            return np.zeros_like(step)
+        return clamp(np.rint(np.float32(grid.qmin) - low / step))
+
+    def clamp(code: Floats) -> Floats:
+        return np.clip(code, grid.qmin, grid.qmax).astype(np.float32)
+
+    def total(terms: Floats) -> Floats:
+        blocks = np.split(terms, range(128, len(terms), 128))
+        sums = [np.add.accumulate(each, axis=0)[-1].astype(np.float64) for each in blocks]
+        return np.asarray(np.sum(sums, axis=0), np.float32)
+
+    scale = stored((reach / span).astype(np.float32))
+    zero, gain = zero_for(low, scale), np.zeros_like(scale)
+
+    def judge(step: Floats, moved: Floats) -> None:
+        nonlocal scale, zero, gain
+        q = np.rint(np.clip(values * (np.float32(1) / step), grid.qmin - moved, grid.qmax - moved))
+        along, power = total(h * values * q), np.maximum(total(q * q * h), np.float32(1e-30))
+        better = (along * along / power > gain) & (along > 0)
+        gain = np.where(better, along * along / power, gain)
+        scale, zero = np.where(better, stored((along / power).astype(np.float32)), scale), np.where(better, moved, zero)
+
+    for share in shares:
+        step = np.maximum(reach * share / span, np.float32(1e-30))
+        judge(step, zero_for(low * share, step))
+    best, at = scale, zero
+    for moved in () if grid.symmetric else (-1, 1):
+        for share in near:
+            judge(best * share, clamp(at + np.float32(moved)))
+    return scale, zero
 
 
 def has_nonfinite(array: NDArray[Any]) -> bool:

@@ -118,6 +118,24 @@ def settle(
     return _native.settle(first, second, third, mask, steps.scale, inverse, steps.low, steps.high, group)
 
 
+def search_steps(
+    values: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    grid: Grid,
+    shares: NDArray[np.float32],
+    near: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Steps of each output's weights with the least weighted squared error → scale, as stored, and zero point: (out,).
+
+    values: (n, out).  importance: ≥ 0, (n, out) or (n, 1); what has none does not count.  shares: of the range from
+    least to greatest that are tried.  near: shares of the best step that are tried with the zero points beside its own.
+    """
+    first, second, trials, beside = (
+        np.ascontiguousarray(each, np.float32) for each in (values, importance, shares, near)
+    )
+    return _native.search_steps(first, second, grid.qmin, grid.qmax, grid.symmetric, grid.scale_dtype, trials, beside)
+
+
 def has_nonfinite(array: NDArray[Any]) -> bool:
     """Whether a float array (any shape) has a NaN or an infinity."""
     return _native.has_nonfinite(float_bits(array).reshape(-1), is_bfloat16(array))

@@ -32,7 +32,7 @@ def fit(values: Floats, importance: NDArray[Any] | None, grid: Grid, name: str) 
     """Step and zero point of each row of values (rows, n) by that observer: (rows, 1) each; the latter may be None."""
     if name == IMPORTANCE:
         return steps.search(values, importance, grid)
-    return affine.fit(*observer(name)(values, grid), grid)
+    return affine.fit(*observer(name)(np.ascontiguousarray(values), grid), grid)
 
 
 class Rounder:
@@ -50,10 +50,12 @@ class Rounder:
 
     def fit(self, group: int, values: Floats, importance: NDArray[Any] | None, name: str) -> None:
         """The steps of a group from its values (columns, out); importance (columns,) or (columns, out)."""
-        rows = values.reshape(1, -1) if self.grid.group_size == PER_TENSOR else np.ascontiguousarray(values.T)
+        rows = values.reshape(1, -1) if self.grid.group_size == PER_TENSOR else values.T
         if importance is not None:
-            importance = np.broadcast_to(importance[:, None] if importance.ndim == 1 else importance, values.shape)
-            importance = importance.reshape(1, -1) if len(rows) == 1 else np.ascontiguousarray(importance.T)
+            if self.grid.group_size == PER_TENSOR:
+                importance = np.broadcast_to(importance.reshape(len(values), -1), values.shape).reshape(1, -1)
+            elif importance.ndim == 2:
+                importance = importance.T
         scale, zero = fit(rows, importance, self.grid, name)
         self.scale[group] = scale[:, 0]
         if zero is not None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from calibrate_models import SHAPE, make, text
-from penjing import models
+from penjing import hardware, models
 from penjing.checkpoint import open_checkpoint
 from penjing.compress import compress
 from penjing.errors import BadInput, BadRecipe, OutOfBudget, PenjingError, Unsupported
 from penjing.models.reference import Reference
+from penjing.shrink import Shrinking
 from stepping import all_logits
 
 IDS = torch.arange(3, 40)[None]
@@ -289,6 +290,25 @@ def test_without_text_the_model_writes_its_own(work: Path) -> None:
 def test_a_limit_that_cannot_be_kept_is_refused(work: Path) -> None:
     with pytest.raises(OutOfBudget, match="need"):
         run(work, **NEURONS, memory_limit=1000)
+
+
+def test_what_choosing_took_is_not_counted_twice(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was in use while units were chosen neither refuses the rest nor changes its batch, so its bytes."""
+    plain = run(work, "plain", **ALL)
+    identity = json.loads((work / "plain" / "penjing.json").read_text())["identity"]
+    peak, real = hardware.peak_memory_bytes(), Shrinking.decide
+    taken = 0
+
+    def decide(*args: Any) -> Any:
+        nonlocal taken
+        taken = plain.memory_bound_bytes
+        return real(*args)
+
+    monkeypatch.setattr(Shrinking, "decide", decide)
+    monkeypatch.setattr(hardware, "peak_memory_bytes", lambda: peak + taken)
+    tight = run(work, **ALL, memory_limit=plain.memory_bound_bytes + (16 << 20))
+    assert tight.digest == plain.digest
+    assert json.loads((work / "out" / "penjing.json").read_text())["identity"] == identity
 
 
 def test_channels_are_neurons_by_another_name(work: Path) -> None:

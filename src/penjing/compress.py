@@ -1,7 +1,7 @@
 """`penjing compress`: a checkpoint folder in, a smaller one out, block by block and never whole in memory.
 
-`_run` is the loop. Around it stand a plan (which rule applies to which module, which tensors go into which file, what
-memory and disk that takes), a journal that lets a killed run go on, and the self-check at the end.
+`_run` is the loop. Around it stand a job (which rule applies to which module, which tensors go into which file, what
+memory that takes), a journal that lets a killed run go on, and the self-check at the end.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import __version__, hardware, verify
+from . import hardware, verify
 from .checkpoint import Checkpoint, artifact, open_checkpoint
 from .checkpoint.atomic import write_json
 from .checkpoint.decoded import Decoded
 from .checkpoint.describe import format_of
-from .checkpoint.folder import CONFIG, INDEX
-from .checkpoint.journal import ARTIFACT, FOLDER, Journal, fingerprint
-from .checkpoint.plan import Plan, Shard, make_plan
+from .checkpoint.journal import ARTIFACT, FOLDER, Journal
+from .checkpoint.plan import Plan, Shard
 from .checkpoint.safetensors import sha256_of, write_safetensors
-from .errors import BadInput, PenjingError, Unsupported
-from .footprint import Footprint, check_disk, fit, fit_shrinking
-from .methods import apply
+from .errors import BadInput, PenjingError
+from .footprint import check_disk
+from .job import Job, Text
 from .models.stacked import unstack
-from .recipe import Recipe, Recover, Rule, build
+from .recipe import Recipe, build
 from .shards import Contents, solve_shard, solved_again
-from .shrink import Shrinking
 
 if TYPE_CHECKING:
     from .calibrate import Calibrator
@@ -152,64 +150,34 @@ def compress(
     disk, PenjingError when the self-check fails or the run is interrupted; no folder is left that looks whole.
     """
     start = time.monotonic()
-    if sparse_storage not in ("dense", "bitmask"):
-        raise BadInput(f"sparse_storage={sparse_storage!r}: give dense or bitmask")
-    if check not in ("sample", "full", "none"):
-        raise BadInput(f"check={check!r}: give sample, full or none")
+    _check_choices(sparse_storage, check)
     made = build(recipe, with_data=bool(calibration), **settings)
-    for rule in made.rules:
-        apply.check(rule)
-    folder, say = Path(output), announce or _say_nothing
+    folder, say, report = Path(output), announce or _say_nothing, progress or _say_nothing
     checkpoint = _open(model, say)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
-    opener = _Opener(tuple(map(Path, calibration)), samples, sequence_length, made.seed, device)
-    shrinking = _open_shrinking(checkpoint, made, folder / FOLDER, opener)
-
-    def prepare(seen: Checkpoint) -> tuple[Plan, Calibrator | None, Footprint]:
-        plan = make_plan(seen, made, bitmask=sparse_storage == "bitmask", shard_bytes=shard_bytes)
-        with_data = made.recover is not None or any(apply.needs(rule) for rule in plan.rules.values())
-        calibrator = opener.open(seen, plan.rules, folder / FOLDER) if with_data else None
-        if calibrator is not None and made.recover is not None:
-            layers = None if shrinking is None else shrinking.found.get("layers", shrinking.layers.first)
-            opener.teach(calibrator, checkpoint, made.recover, layers, folder / FOLDER / "teacher")
-        return fit(plan, calibrator, memory_limit)
-
-    plan, calibrator, footprint = prepare(checkpoint if shrinking is None else shrinking.provisional())
-    if shrinking is not None:
-        footprint = footprint.at_least(fit_shrinking(shrinking, memory_limit))
-    seen_by = calibrator if calibrator is not None or shrinking is None else shrinking.calibrator
-    journal = Journal(folder, _identity(checkpoint, plan, seen_by), _files(plan))
-    if not restart and (done := journal.finished_artifact()) is not None:
-        if evaluate is not None:
-            done = _evaluated(folder, done, checkpoint.path, Path(evaluate))
-        return _result(folder, done, start, footprint.total, None, already=True)
-    try:
+    text = Text(tuple(map(Path, calibration)), samples, sequence_length, made.seed, device)
+    job = Job(checkpoint, made, folder / FOLDER, text, sparse_storage == "bitmask", shard_bytes, memory_limit)
+    journal = Journal(folder, job.identity, job.files)
+    finished = None if restart else journal.finished_artifact()
+    if finished is None:
         resumed = journal.begin(restart=restart)
-        report = progress or _say_nothing
-        if calibration and seen_by is None:
-            say("no method of this recipe needs calibration data; it is not used")
-        say(str(footprint))
-        if any(rule.prune for rule in plan.rules.values()):
-            say(BITMASK_NOTE if plan.bitmask else DENSE_NOTE)
-        if seen_by is not None:
-            _prepare(seen_by, memory_limit, report, say)
-        if shrinking is not None:
-            plan, calibrator, _ = prepare(shrinking.decide(say, lambda each: each.prepare(memory_limit, report)))
-        if calibrator is not None:
-            calibrator.prepare(memory_limit, report)
-        first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-        check_disk(plan, journal, calibrator)
-        entries = _run(plan, journal, calibrator, report)
-        made_artifact = _complete(plan, journal, entries, check, None if shrinking is None else shrinking.found)
-    except KeyboardInterrupt:
-        left = sum(journal.finished(shard.name) is None for shard in plan.shards)
-        raise PenjingError(
-            f"interrupted with {left} of {len(plan.shards)} files left; the same command goes on from there"
-        ) from None
+        described, first = _work(job, journal, check, report, say)
+    else:
+        described, resumed, first = finished, False, 0
     if evaluate is not None:
-        made_artifact = _evaluated(folder, made_artifact, checkpoint.path, Path(evaluate))
-    return _result(folder, made_artifact, start, footprint.total, first if resumed else None, already=False)
+        described = _evaluated(folder, described, checkpoint.path, Path(evaluate))
+    resumed_at = first if resumed else None
+    return _result(folder, described, start, job.footprint.total, resumed_at, already=finished is not None)
+
+
+def _check_choices(sparse_storage: str, check: str) -> None:
+    for name, value, choices in (
+        ("sparse_storage", sparse_storage, ("dense", "bitmask")),
+        ("check", check, ("sample", "full", "none")),
+    ):
+        if value not in choices:
+            raise BadInput(f"{name}={value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
@@ -224,56 +192,27 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
     return Decoded(stored) if stored.compressed and "quantization_config" in stored.config else stored
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """What makes calibrators: files of text, rows, their length, the seed that chooses them, and the device."""
-
-    files: tuple[Path, ...]
-    samples: int | None
-    length: int | None
-    seed: int
-    device: str
-
-    def open(self, seen: Checkpoint, rules: Mapping[str, Rule], folder: Path) -> Calibrator:
-        """What gives methods the statistics that they need of a model."""
-        try:
-            from .calibrate import Calibration, open_calibrator
-        except ModuleNotFoundError as error:
-            raise Unsupported(
-                f"methods that need calibration compute with {error.name}: pip install 'penjing[compress]';"
-                " rtn and hqq, l1, l2 and random need no data"
-            ) from None
-        calibration = Calibration(self.files, self.samples, self.length, self.seed)
-        return open_calibrator(seen, calibration, rules, folder, self.device)
-
-    def teach(
-        self, calibrator: Calibrator, whole: Checkpoint, asked: Recover, layers: list[int] | None, folder: Path
-    ) -> None:
-        """Give a calibrator the original to be like.  layers: numbers of the original's that stay; None is all."""
-        from .calibrate.recover import Teacher
-
-        original = self.open(whole, {}, folder)
-        ends = [*(range(len(original.order)) if layers is None else layers), len(original.order)]
-        calibrator.teacher = Teacher(original, ends[1:], asked)
-        calibrator.collect({})
-
-
-def _open_shrinking(checkpoint: Checkpoint, recipe: Recipe, folder: Path, opener: _Opener) -> Shrinking | None:
-    """What makes the model smaller before it is compressed, where the recipe asks for it."""
-    if recipe.shrink is None:
-        return None
-    with_data = recipe.shrink.needs_data
-    return Shrinking(checkpoint, recipe, folder, (lambda seen, at: opener.open(seen, {}, at)) if with_data else None)
-
-
-def _prepare(calibrator: Calibrator, limit: int | None, progress: Progress, say: Callable[[str], None]) -> None:
-    """What the model writes itself to be calibrated on, where no text was given, is said loudly."""
-    if calibrator.own is not None:
-        say(
-            f"NO CALIBRATION TEXT: the model writes {calibrator.own.samples} × {calibrator.own.length} tokens itself;"
-            " --calibration FILE with text like what it will see would be better"
-        )
-    calibrator.prepare(limit, progress)
+def _work(
+    job: Job, journal: Journal, check: str, report: Progress, say: Callable[[str], None]
+) -> tuple[dict[str, Any], int]:
+    """Do a job, or what is left of it → what penjing.json says, and the number of the first block that was to do."""
+    try:
+        if job.text.files and not job.calibrated:
+            say("no method of this recipe needs calibration data; it is not used")
+        say(str(job.footprint))
+        if any(rule.prune for rule in job.plan.rules.values()):
+            say(BITMASK_NOTE if job.plan.bitmask else DENSE_NOTE)
+        job.begin(report, say)
+        plan = job.plan
+        first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
+        check_disk(plan, journal, job.calibrator)
+        entries = _run(plan, journal, job.calibrator, report)
+        return _complete(plan, journal, entries, check, job.shrunk), first
+    except KeyboardInterrupt:
+        left = sum(journal.finished(shard.name) is None for shard in job.plan.shards)
+        raise PenjingError(
+            f"interrupted with {left} of {len(job.plan.shards)} files left; the same command goes on from there"
+        ) from None
 
 
 def _calibration_line(found: Mapping[str, Any]) -> str:
@@ -388,25 +327,6 @@ def _evaluated(output: Path, made: dict[str, Any], original: Path, data: Path) -
     made = made | {"evaluation": {"data": data.name, "data_sha256": sha256_of(data)} | kept}
     write_json(output / ARTIFACT, made)
     return made
-
-
-def _identity(checkpoint: Checkpoint, plan: Plan, calibrator: Calibrator | None) -> dict[str, Any]:
-    """What must be the same for a run to go on; with calibration also what that depends on."""
-    identity = {
-        "model": fingerprint(checkpoint),
-        "recipe": plan.recipe.to_json(),
-        "storage": "bitmask" if plan.bitmask else "dense",
-        "files": [shard.name for shard in plan.shards],
-        "version": __version__,
-    }
-    return identity if calibrator is None else identity | calibrator.identity()
-
-
-def _files(plan: Plan) -> list[str]:
-    """Every name that a run writes into the folder."""
-    shards = [shard.name for shard in plan.shards]
-    index = [INDEX] if len(shards) > 1 else []
-    return [*shards, *index, *plan.checkpoint.side_files, ARTIFACT, CONFIG]
 
 
 def _result(

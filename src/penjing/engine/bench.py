@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -134,44 +135,63 @@ def bench(
     engine, ready = load(settings)
     _check_room(str(model), engine, ready, max([DECODE_PROMPT, *contexts]), decode_tokens)
     prompt_length = min(PREFILL_TOKENS, engine.limits.max_model_len - 1)
+    done = itertools.count(1)
     total = runs * (1 + len(STREAMS) + len(contexts)) + 1
-    done = iter(range(1, total + 1))
-    prefill: list[float] = []
-    decode: dict[int, list[float]] = {streams: [] for streams in STREAMS}
-    at_context: dict[int, list[float]] = {length: [] for length in contexts}
-    bandwidth: list[float] = []
-    _decode(engine, 1, 2)  # pages touched, threads started
-    progress(next(done), total)
-    for run in range(runs):  # alternating, so that a slow moment of the machine meets all of them
-        prefill.append(_prefill(engine, prompt_length, run))
+
+    def tick() -> None:
         progress(next(done), total)
-        for length in contexts:
-            at_context[length].append(_decode(engine, 1, decode_tokens, prompt=length))
-            progress(next(done), total)
-        for streams in reversed(STREAMS):
-            decode[streams].append(_decode(engine, streams, decode_tokens))
-            progress(next(done), total)
-        if run == 0:
-            peak = hardware.peak_memory_bytes()  # before the bandwidth takes its own buffer
-        bandwidth.append(hardware.bandwidth_gbps())
+
+    _decode(engine, 1, 2)  # pages touched, threads started
+    tick()
+    rounds = [_round(engine, run, prompt_length, decode_tokens, contexts, tick) for run in range(runs)]
     read = bytes_read_per_token(cast(Model, engine.model), ready.kv_cache_dtype, DECODE_PROMPT + decode_tokens / 2)
     return Benchmark(
-        prefill=Spread.of(prefill),
-        decode={streams: Spread.of(values) for streams, values in decode.items()},
-        decode_at_context={length: Spread.of(values) for length, values in at_context.items()},
+        prefill=Spread.of([each.prefill for each in rounds]),
+        decode={streams: Spread.of([each.decode[streams] for each in rounds]) for streams in STREAMS},
+        decode_at_context={length: Spread.of([each.at_context[length] for each in rounds]) for length in contexts},
         kv_cache_dtype=ready.kv_cache_dtype,
         prefill_tokens=prompt_length,
         decode_tokens=decode_tokens,
         runs=runs,
         threads=threads,
         weights_bytes=ready.weights_bytes,
-        bandwidth_gbps=statistics.median(bandwidth),
-        bandwidth_fraction=statistics.median(
-            read * speed / (gbps * 1e9) for speed, gbps in zip(decode[1], bandwidth, strict=True)
-        ),
-        peak_rss_bytes=peak,
+        bandwidth_gbps=statistics.median(each.bandwidth_gbps for each in rounds),
+        bandwidth_fraction=statistics.median(read * each.decode[1] / (each.bandwidth_gbps * 1e9) for each in rounds),
+        peak_rss_bytes=rounds[0].peak_rss_bytes,
         load_seconds=ready.load_seconds,
         from_cache=ready.from_cache,
+    )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One measurement of everything, in tokens per second: a slow moment of the machine meets all of it.
+
+    peak_rss_bytes: in the first round before the bandwidth takes its own buffer.
+    """
+
+    prefill: float
+    decode: dict[int, float]
+    at_context: dict[int, float]
+    peak_rss_bytes: int
+    bandwidth_gbps: float
+
+
+def _round(
+    engine: Engine, run: int, prompt: int, tokens: int, contexts: Sequence[int], tick: Callable[[], None]
+) -> _Round:
+    """prompt: its length for prefill.  tokens: written in each stream.  tick: is called after each speed."""
+
+    def ticked(speed: float) -> float:
+        tick()
+        return speed
+
+    return _Round(  # in this order
+        prefill=ticked(_prefill(engine, prompt, run)),
+        at_context={length: ticked(_decode(engine, 1, tokens, prompt=length)) for length in contexts},
+        decode={streams: ticked(_decode(engine, streams, tokens)) for streams in reversed(STREAMS)},
+        peak_rss_bytes=hardware.peak_memory_bytes(),
+        bandwidth_gbps=hardware.bandwidth_gbps(),
     )
 
 

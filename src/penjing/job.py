@@ -1,0 +1,169 @@
+"""A job of `penjing compress` before its loop: all that is known of it from headers, and what is chosen by data.
+
+What it writes and what it takes is settled once, for the model as it will be. Where that gets smaller first, names and
+shapes are known before what goes is chosen: a run that memory has no room for is refused before hours of choosing, and
+what decides the bytes, the batch among it, is in the journal's identity before any are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .checkpoint import Checkpoint
+from .checkpoint.folder import CONFIG, INDEX
+from .checkpoint.journal import ARTIFACT, fingerprint
+from .checkpoint.plan import Plan, make_plan
+from .errors import Unsupported
+from .footprint import fit, fit_shrinking
+from .methods import apply
+from .recipe import Recipe, Rule
+from .shrink import Shrinking
+
+if TYPE_CHECKING:
+    from .calibrate import Calibrator
+
+Report = Callable[[float, float], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is calibrated on, and where: files, rows, their length, the seed that chooses them, and the device.
+
+    None stands for what `calibrate.Calibration` takes by itself.
+    """
+
+    files: tuple[Path, ...]
+    samples: int | None
+    length: int | None
+    seed: int
+    device: str
+
+    def open(self, seen: Checkpoint, rules: Mapping[str, Rule], folder: Path) -> Calibrator:
+        """What gives methods the statistics that they need of a model; its hidden states lie in the folder."""
+        try:
+            from .calibrate import Calibration, open_calibrator
+        except ModuleNotFoundError as error:
+            raise Unsupported(
+                f"methods that need calibration compute with {error.name}: pip install 'penjing[compress]';"
+                " rtn and hqq, l1, l2 and random need no data"
+            ) from None
+        calibration = Calibration(self.files, self.samples, self.length, self.seed)
+        return open_calibrator(seen, calibration, rules, folder, self.device)
+
+
+class Job:
+    """What a run does to a checkpoint, and what it takes.
+
+    folder: the journal's.  bitmask, shard_bytes: see `compress`.  limit: bytes of memory; None is what there is.
+    plan, calibrator: of the model as it will be; where it shrinks, of its provisional form until `begin`.  footprint:
+    the most that all of it takes.  Raises OutOfBudget where that is too much, BadRecipe and Unsupported.
+    """
+
+    def __init__(
+        self,
+        whole: Checkpoint,
+        recipe: Recipe,
+        folder: Path,
+        text: Text,
+        bitmask: bool,
+        shard_bytes: int,
+        limit: int | None,
+    ) -> None:
+        for rule in recipe.rules:
+            apply.check(rule)
+        self.whole, self.recipe, self.folder, self.text, self.limit = whole, recipe, folder, text, limit
+        self._bitmask, self._shard_bytes = bitmask, shard_bytes
+        self._shrinking = self._open_shrinking()
+        seen = whole if self._shrinking is None else self._shrinking.provisional()
+        self.plan, self.calibrator, self.footprint = fit(*self._open(seen), limit)
+        if self._shrinking is not None:
+            self.footprint = self.footprint.at_least(fit_shrinking(self._shrinking, limit))
+
+    def _open_shrinking(self) -> Shrinking | None:
+        """What makes the model smaller before it is compressed, where the recipe asks for it."""
+        if self.recipe.shrink is None:
+            return None
+        with_data = self.recipe.shrink.needs_data
+        open = (lambda seen, at: self.text.open(seen, {}, at)) if with_data else None
+        return Shrinking(self.whole, self.recipe, self.folder, open)
+
+    def _open(self, seen: Checkpoint) -> tuple[Plan, Calibrator | None]:
+        """The plan for a model and, where a method needs data, what calibrates it."""
+        plan = make_plan(seen, self.recipe, bitmask=self._bitmask, shard_bytes=self._shard_bytes)
+        recovered = self.recipe.recover is not None
+        if not recovered and not any(apply.needs(rule) for rule in plan.rules.values()):
+            return plan, None
+        calibrator = self.text.open(seen, plan.rules, self.folder)
+        if recovered:
+            self._teach(calibrator)
+        return plan, calibrator
+
+    def _teach(self, calibrator: Calibrator) -> None:
+        """Give a calibrator the original to be like, at the ends of the layers that stay."""
+        from .calibrate.recover import Teacher
+
+        assert self.recipe.recover is not None
+        original = self.text.open(self.whole, {}, self.folder / "teacher")
+        shrinking, every = self._shrinking, range(len(original.order))
+        layers = every if shrinking is None else shrinking.found.get("layers", shrinking.layers.first)
+        calibrator.teacher = Teacher(original, [*layers, len(original.order)][1:], self.recipe.recover)
+        calibrator.collect({})
+
+    @property
+    def calibrated(self) -> Calibrator | None:
+        """Who sees the text first."""
+        return self.calibrator if self.calibrator is not None or self._shrinking is None else self._shrinking.calibrator
+
+    @property
+    def shrunk(self) -> dict[str, Any] | None:
+        """What went as a whole and what that cost, once it was chosen."""
+        return None if self._shrinking is None else self._shrinking.found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on; with calibration also what that depends on."""
+        identity = {
+            "model": fingerprint(self.whole),
+            "recipe": self.recipe.to_json(),
+            "storage": "bitmask" if self.plan.bitmask else "dense",
+            "files": [shard.name for shard in self.plan.shards],
+            "version": __version__,
+        }
+        return identity if self.calibrated is None else identity | self.calibrated.identity()
+
+    @property
+    def files(self) -> list[str]:
+        """Every name that a run writes into the folder."""
+        shards = [shard.name for shard in self.plan.shards]
+        index = [INDEX] if len(shards) > 1 else []
+        return [*shards, *index, *self.whole.side_files, ARTIFACT, CONFIG]
+
+    def begin(self, report: Report, say: Say) -> None:
+        """Choose what goes, or read what was chosen before a run was killed; have the text that the model writes."""
+        if self.calibrated is not None and (own := self.calibrated.own) is not None:
+            say(
+                f"NO CALIBRATION TEXT: the model writes {own.samples} × {own.length} tokens itself;"
+                " --calibration FILE with text like what it will see would be better"
+            )
+        if self._shrinking is not None:
+            self._follow(self._shrinking.decide(say, lambda each: each.prepare(self.limit, report)))
+        if self.calibrator is not None:
+            self.calibrator.prepare(self.limit, report)
+
+    def _follow(self, chosen: Checkpoint) -> None:
+        """The same job on what was chosen: alike in every shape, it takes what was found that it takes.
+
+        It is not fitted again: memory that choosing has given back would be counted twice, and another batch would
+        give other bytes than the identity says.
+        """
+        before, settled = self.calibrator, self.plan.chunk_bytes
+        plan, self.calibrator = self._open(chosen)
+        self.plan = dataclasses.replace(plan, chunk_bytes=settled)
+        if self.calibrator is not None and before is not None:
+            self.calibrator.batch, self.calibrator.budget = before.batch, before.budget

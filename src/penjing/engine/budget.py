@@ -101,9 +101,10 @@ def limits(load: Load, config: ModelConfig | Outline, sizes: Sizes, budget: int)
     ledger = Ledger(budget, sizes.weights, sizes.step + load.max_num_seqs * sizes.state)
     room = max(ledger.left, 0) // sizes.block if sizes.block else load.max_num_seqs * blocks_for(longest)
     if room < (blocks_for(longest) if load.max_model_len else 1):
+        smaller = "a smaller --max-model-len" if load.max_model_len else "fewer --max-num-batched-tokens in a step"
         raise OutOfBudget(
             f"{ledger}: {_mib(max(ledger.left, 0))} are left for caches, and one sequence of {longest} tokens needs "
-            f"{_mib(blocks_for(longest) * sizes.block)}; give a larger --memory-budget or a smaller --max-model-len"
+            f"{_mib(blocks_for(longest) * sizes.block)}; give a larger --memory-budget or serve with {smaller}"
         )
     longest = min(longest, room * BLOCK)
     prefix_caching = not sizes.state if load.enable_prefix_caching is None else load.enable_prefix_caching

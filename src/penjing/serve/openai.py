@@ -136,8 +136,9 @@ class CompletionRequest(SamplingRequest, kw_only=True):
             raise unsupported("suffix", "inserting text before a suffix is not supported by this server")
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens=0 leaves nothing to answer; it goes with echo only", "max_tokens")
-        if len(self.prompts) * (self.n or 1) > MAX_SEQUENCES:
-            raise bad_request(f"prompts × n is more than {MAX_SEQUENCES}; send several requests", "prompt")
+        if (sequences := len(self.prompts) * (self.n or 1)) > MAX_SEQUENCES:
+            message = f"prompts × n are {sequences} sequences; {MAX_SEQUENCES} fit into a request: send several"
+            raise bad_request(message, "prompt")
 
     @property
     def prompts(self) -> list[str | list[int]]:

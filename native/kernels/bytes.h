@@ -83,9 +83,7 @@ PENJING_INLINE void bstore(void *p, B64 v) {
   vst1q_u8(to + 32, v.c);
   vst1q_u8(to + 48, v.d);
 }
-PENJING_INLINE B64 bor(B64 a, B64 b) {
-  return {vorrq_u8(a.a, b.a), vorrq_u8(a.b, b.b), vorrq_u8(a.c, b.c), vorrq_u8(a.d, b.d)};
-}
+PENJING_INLINE B64 bor(B64 a, B64 b) { return each<vorrq_u8>(a, b); }
 template <int shift, int mask>
 PENJING_INLINE uint8x16_t quarter_field(uint8x16_t v) {
   if constexpr (shift < 0)
@@ -99,16 +97,12 @@ PENJING_INLINE uint8x16_t quarter_field(uint8x16_t v) {
 }
 template <int shift, int mask>
 PENJING_INLINE B64 field(B64 v) {
-  return {quarter_field<shift, mask>(v.a), quarter_field<shift, mask>(v.b), quarter_field<shift, mask>(v.c),
-          quarter_field<shift, mask>(v.d)};
+  return each<quarter_field<shift, mask>>(v);
 }
 PENJING_INLINE B64 lookup(const uint8_t (&table)[16], B64 index) {
-  const uint8x16_t row = vld1q_u8(table);
-  return {vqtbl1q_u8(row, index.a), vqtbl1q_u8(row, index.b), vqtbl1q_u8(row, index.c), vqtbl1q_u8(row, index.d)};
+  return each<vqtbl1q_u8>(all_of(vld1q_u8(table)), index);
 }
-PENJING_INLINE B64 as_bytes(I16 v) {
-  return {vreinterpretq_u8_s32(v.a), vreinterpretq_u8_s32(v.b), vreinterpretq_u8_s32(v.c), vreinterpretq_u8_s32(v.d)};
-}
+PENJING_INLINE B64 as_bytes(I16 v) { return each<vreinterpretq_u8_s32>(v); }
 
 // Both bytes of a product are signed: codes up to 127 are as they are, wide ones less 128.
 template <bool wide>
@@ -121,11 +115,9 @@ PENJING_INLINE Quad<wide> quad(const int8_t *p) {
 }
 template <bool wide>
 PENJING_INLINE I16 dot(I16 sum, B64 w, Quad<wide> x) {
-  if constexpr (wide) {
-    const uint8x16_t half = vdupq_n_u8(128);
-    w = {veorq_u8(w.a, half), veorq_u8(w.b, half), veorq_u8(w.c, half), veorq_u8(w.d, half)};
-  }
-  return {signed_dot(sum.a, w.a, x), signed_dot(sum.b, w.b, x), signed_dot(sum.c, w.c, x), signed_dot(sum.d, w.d, x)};
+  if constexpr (wide)
+    w = each<veorq_u8>(w, all_of(vdupq_n_u8(128)));
+  return each<vdotq_s32>(sum, each<vreinterpretq_s8_u8>(w), all_of(x));
 }
 
 #elif defined(__AVX2__)

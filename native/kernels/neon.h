@@ -5,17 +5,26 @@
 
 namespace penjing::PENJING_ISA {
 
-struct F16 {
-  float32x4_t a, b, c, d;
+template <class V>
+struct Quarters {
+  V a, b, c, d;
 };
-struct I16 {
-  int32x4_t a, b, c, d;
-};
+using F16 = Quarters<float32x4_t>;
+using I16 = Quarters<int32x4_t>;
 
-PENJING_INLINE F16 splat(float x) {
-  const float32x4_t v = vdupq_n_f32(x);
+// A function of registers, register by register.
+template <auto use, class... V>
+PENJING_INLINE auto each(const Quarters<V> &...v) -> Quarters<decltype(use(v.a...))> {
+  return {use(v.a...), use(v.b...), use(v.c...), use(v.d...)};
+}
+
+// The same register four times.
+template <class V>
+PENJING_INLINE Quarters<V> all_of(V v) {
   return {v, v, v, v};
 }
+
+PENJING_INLINE F16 splat(float x) { return all_of(vdupq_n_f32(x)); }
 PENJING_INLINE F16 zero() { return splat(0); }
 PENJING_INLINE F16 load(const float *p) {
   return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
@@ -26,30 +35,16 @@ PENJING_INLINE void store(float *p, F16 v) {
   vst1q_f32(p + 8, v.c);
   vst1q_f32(p + 12, v.d);
 }
-PENJING_INLINE F16 add(F16 a, F16 b) {
-  return {vaddq_f32(a.a, b.a), vaddq_f32(a.b, b.b), vaddq_f32(a.c, b.c), vaddq_f32(a.d, b.d)};
-}
-PENJING_INLINE F16 sub(F16 a, F16 b) {
-  return {vsubq_f32(a.a, b.a), vsubq_f32(a.b, b.b), vsubq_f32(a.c, b.c), vsubq_f32(a.d, b.d)};
-}
-PENJING_INLINE F16 mul(F16 a, F16 b) {
-  return {vmulq_f32(a.a, b.a), vmulq_f32(a.b, b.b), vmulq_f32(a.c, b.c), vmulq_f32(a.d, b.d)};
-}
-PENJING_INLINE F16 div(F16 a, F16 b) {
-  return {vdivq_f32(a.a, b.a), vdivq_f32(a.b, b.b), vdivq_f32(a.c, b.c), vdivq_f32(a.d, b.d)};
-}
-PENJING_INLINE F16 fma(F16 a, F16 b, F16 c) {
-  return {vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b), vfmaq_f32(c.c, a.c, b.c), vfmaq_f32(c.d, a.d, b.d)};
-}
+PENJING_INLINE F16 add(F16 a, F16 b) { return each<vaddq_f32>(a, b); }
+PENJING_INLINE F16 sub(F16 a, F16 b) { return each<vsubq_f32>(a, b); }
+PENJING_INLINE F16 mul(F16 a, F16 b) { return each<vmulq_f32>(a, b); }
+PENJING_INLINE F16 div(F16 a, F16 b) { return each<vdivq_f32>(a, b); }
+PENJING_INLINE F16 fma(F16 a, F16 b, F16 c) { return each<vfmaq_f32>(c, a, b); }
 // By comparison, as elsewhere: the processor's own minimum keeps a NaN of either.
 PENJING_INLINE float32x4_t lesser_of(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 PENJING_INLINE float32x4_t greater_of(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-PENJING_INLINE F16 min(F16 a, F16 b) {
-  return {lesser_of(a.a, b.a), lesser_of(a.b, b.b), lesser_of(a.c, b.c), lesser_of(a.d, b.d)};
-}
-PENJING_INLINE F16 max(F16 a, F16 b) {
-  return {greater_of(a.a, b.a), greater_of(a.b, b.b), greater_of(a.c, b.c), greater_of(a.d, b.d)};
-}
+PENJING_INLINE F16 min(F16 a, F16 b) { return each<lesser_of>(a, b); }
+PENJING_INLINE F16 max(F16 a, F16 b) { return each<greater_of>(a, b); }
 PENJING_INLINE float32x4_t four_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 PENJING_INLINE F16 from_bf16(const uint16_t *p) {
   return {four_bf16(p), four_bf16(p + 4), four_bf16(p + 8), four_bf16(p + 12)};
@@ -64,16 +59,16 @@ PENJING_INLINE void store_f16(uint16_t *p, F16 v) {
   vst1_u16(p + 8, vreinterpret_u16_f16(vcvt_f16_f32(v.c)));
   vst1_u16(p + 12, vreinterpret_u16_f16(vcvt_f16_f32(v.d)));
 }
-PENJING_INLINE uint16x4_t to_bf16(float32x4_t x) {
+PENJING_INLINE uint16x4_t four_to_bf16(float32x4_t x) {
   const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
   return vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000)), 16);
 }
 PENJING_INLINE void store_bf16(uint16_t *p, F16 v) {
-  vst1_u16(p, to_bf16(v.a));
-  vst1_u16(p + 4, to_bf16(v.b));
-  vst1_u16(p + 8, to_bf16(v.c));
-  vst1_u16(p + 12, to_bf16(v.d));
+  vst1_u16(p, four_to_bf16(v.a));
+  vst1_u16(p + 4, four_to_bf16(v.b));
+  vst1_u16(p + 8, four_to_bf16(v.c));
+  vst1_u16(p + 12, four_to_bf16(v.d));
 }
 template <int first>
 PENJING_INLINE float32x4_t four_kept(uint32x4_t mask, float32x4_t v) {
@@ -85,10 +80,7 @@ PENJING_INLINE F16 keep(uint32_t mask, F16 v) {
   return {four_kept<0>(all, v.a), four_kept<4>(all, v.b), four_kept<8>(all, v.c), four_kept<12>(all, v.d)};
 }
 
-PENJING_INLINE I16 isplat(int32_t x) {
-  const int32x4_t v = vdupq_n_s32(x);
-  return {v, v, v, v};
-}
+PENJING_INLINE I16 isplat(int32_t x) { return all_of(vdupq_n_s32(x)); }
 PENJING_INLINE I16 izero() { return isplat(0); }
 PENJING_INLINE I16 iload(const void *p) {
   const auto *from = static_cast<const int8_t *>(p);
@@ -112,39 +104,24 @@ PENJING_INLINE I16 iload_bytes(const uint8_t *p) {
   const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(v));
   return {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
 }
-PENJING_INLINE I16 iadd(I16 a, I16 b) {
-  return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b), vaddq_s32(a.c, b.c), vaddq_s32(a.d, b.d)};
-}
-PENJING_INLINE I16 isub(I16 a, I16 b) {
-  return {vsubq_s32(a.a, b.a), vsubq_s32(a.b, b.b), vsubq_s32(a.c, b.c), vsubq_s32(a.d, b.d)};
-}
-PENJING_INLINE I16 imul(I16 a, I16 b) {
-  return {vmulq_s32(a.a, b.a), vmulq_s32(a.b, b.b), vmulq_s32(a.c, b.c), vmulq_s32(a.d, b.d)};
-}
-PENJING_INLINE I16 imax(I16 a, I16 b) {
-  return {vmaxq_s32(a.a, b.a), vmaxq_s32(a.b, b.b), vmaxq_s32(a.c, b.c), vmaxq_s32(a.d, b.d)};
-}
-PENJING_INLINE I16 ior(I16 a, I16 b) {
-  return {vorrq_s32(a.a, b.a), vorrq_s32(a.b, b.b), vorrq_s32(a.c, b.c), vorrq_s32(a.d, b.d)};
-}
+PENJING_INLINE I16 iadd(I16 a, I16 b) { return each<vaddq_s32>(a, b); }
+PENJING_INLINE I16 isub(I16 a, I16 b) { return each<vsubq_s32>(a, b); }
+PENJING_INLINE I16 imul(I16 a, I16 b) { return each<vmulq_s32>(a, b); }
+PENJING_INLINE I16 imax(I16 a, I16 b) { return each<vmaxq_s32>(a, b); }
+PENJING_INLINE I16 ior(I16 a, I16 b) { return each<vorrq_s32>(a, b); }
 PENJING_INLINE int32x4_t four_magnitudes(float32x4_t v) { return vreinterpretq_s32_f32(vabsq_f32(v)); }
-PENJING_INLINE I16 magnitude_bits(F16 v) {
-  return {four_magnitudes(v.a), four_magnitudes(v.b), four_magnitudes(v.c), four_magnitudes(v.d)};
+PENJING_INLINE I16 magnitude_bits(F16 v) { return each<four_magnitudes>(v); }
+template <int n>
+PENJING_INLINE int32x4_t four_shifted(int32x4_t v) {
+  return vshlq_n_s32(v, n);
 }
 template <int n>
 PENJING_INLINE I16 shift_left(I16 v) {
-  return {vshlq_n_s32(v.a, n), vshlq_n_s32(v.b, n), vshlq_n_s32(v.c, n), vshlq_n_s32(v.d, n)};
+  return each<four_shifted<n>>(v);
 }
-PENJING_INLINE F16 to_float(I16 v) {
-  return {vcvtq_f32_s32(v.a), vcvtq_f32_s32(v.b), vcvtq_f32_s32(v.c), vcvtq_f32_s32(v.d)};
-}
-PENJING_INLINE F16 as_float(I16 v) {
-  return {vreinterpretq_f32_s32(v.a), vreinterpretq_f32_s32(v.b), vreinterpretq_f32_s32(v.c),
-          vreinterpretq_f32_s32(v.d)};
-}
-PENJING_INLINE I16 round(F16 v) {
-  return {vcvtnq_s32_f32(v.a), vcvtnq_s32_f32(v.b), vcvtnq_s32_f32(v.c), vcvtnq_s32_f32(v.d)};
-}
+PENJING_INLINE F16 to_float(I16 v) { return each<vcvtq_f32_s32>(v); }
+PENJING_INLINE F16 as_float(I16 v) { return each<vreinterpretq_f32_s32>(v); }
+PENJING_INLINE I16 round(F16 v) { return each<vcvtnq_s32_f32>(v); }
 PENJING_INLINE F16 from_int8(const int8_t *p) { return to_float(widened(vld1q_s8(p))); }
 PENJING_INLINE void store_int8(int8_t *p, I16 v) { // the low bytes
   const int16x8_t low = vuzp1q_s16(vreinterpretq_s16_s32(v.a), vreinterpretq_s16_s32(v.b));
@@ -158,17 +135,11 @@ PENJING_INLINE int32x4_t four_codes(int32x4_t v) { // the field to the top, and 
 }
 template <int bits, int shift>
 PENJING_INLINE F16 code(I16 v) {
-  return to_float({four_codes<bits, shift>(v.a), four_codes<bits, shift>(v.b), four_codes<bits, shift>(v.c),
-                   four_codes<bits, shift>(v.d)});
+  return to_float(each<four_codes<bits, shift>>(v));
 }
 
 // Sixty-four bytes, and the dot products of their fours with the same signed four for all.
-struct B64 {
-  uint8x16_t a, b, c, d;
-};
-PENJING_INLINE int32x4_t signed_dot(int32x4_t sum, uint8x16_t w, int8x16_t x) {
-  return vdotq_s32(sum, vreinterpretq_s8_u8(w), x);
-}
+using B64 = Quarters<uint8x16_t>;
 PENJING_INLINE int8x16_t fours(const void *p) {
   int32_t four;
   std::memcpy(&four, p, 4);
@@ -181,9 +152,7 @@ using Quads = I16;
 PENJING_INLINE Quads quads(const int8_t *p) { return iload(p); }
 PENJING_INLINE I16 dot4(I16 sum, const uint8_t *x, Quads w) {
   const int8x16_t four = veorq_s8(fours(x), vdupq_n_s8(INT8_MIN));
-  const auto dot = [&](int32x4_t s, int32x4_t v)
-                       __attribute__((always_inline)) { return vdotq_s32(s, vreinterpretq_s8_s32(v), four); };
-  return {dot(sum.a, w.a), dot(sum.b, w.b), dot(sum.c, w.c), dot(sum.d, w.d)};
+  return each<vdotq_s32>(sum, each<vreinterpretq_s8_s32>(w), all_of(four));
 }
 
 // Of each mask of eight bits: which kept byte goes to each place; 128 where none does.

@@ -108,7 +108,7 @@ def test_with_guesses(guesser: str, model: models.Model, alone: object) -> None:
     if guesser == "draft":
         small = models.load(NOVELIST)
         small.reserve(ROOMY.blocks, "float16", 8)
-        chosen = Draft(small, model, 256, 512)
+        chosen = Draft(small, model, 256, 512, cost=0.1)
     found = engine(model, speculation=Speculation(chosen, 4))
     assert run(found, others=2) == alone
     assert found.stats().accepted > 0

@@ -69,7 +69,7 @@ def engines(draw: st.DrawFn) -> Engine:
         guesser = PromptLookup()
     elif speculative == "draft":
         small = Toy(peak=10, wrong=draw(st.sampled_from([None, 3, 7])), weights_bytes=100)
-        guesser = Draft(small, model, WINDOW, limits.max_num_batched_tokens)
+        guesser = Draft(small, model, WINDOW, limits.max_num_batched_tokens, cost=0.1)
     return Engine(model, limits, speculation=Speculation(guesser, draw(st.integers(1, 6))) if guesser else None)
 
 

@@ -6,6 +6,7 @@ outlives the server, and does not listen to the terminal's signals: how to stop 
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -41,8 +42,9 @@ from .messages import (
     encoder,
 )
 from .scheduler import Limits
-from .speculate import Draft, Guesser, PromptLookup, Speculation, check_tokens
+from .speculate import Draft, Guesser, PromptLookup, Speculation, check_tokens, measured_cost
 
+log = logging.getLogger("penjing.engine")
 HEADER = struct.Struct("<I")
 
 
@@ -137,7 +139,11 @@ def _speculation(settings: Load, limits: Limits, model: StepModel, draft: StepMo
         return None
     guesser: Guesser = PromptLookup()
     if draft is not None:
-        guesser = Draft(draft, model, limits.max_model_len, limits.max_num_batched_tokens)
+        guesses = max(1, min(settings.num_speculative_tokens, limits.max_model_len - 1))
+        cost = measured_cost(draft, model, guesses)
+        if cost >= 1:
+            log.info("the draft cannot pay, and is not asked: a guess takes %.2f of a step of the model", cost)
+        guesser = Draft(draft, model, limits.max_model_len, limits.max_num_batched_tokens, cost)
     return Speculation(guesser, settings.num_speculative_tokens)
 
 

@@ -161,13 +161,11 @@ def compress(
     journal = Journal(folder, job.identity, job.files)
     finished = None if restart else journal.finished_artifact()
     if finished is None:
-        resumed = journal.begin(restart=restart)
-        described, first = _work(job, journal, check, report, say)
+        described, resumed_at = _work(job, journal, restart, check, report, say)
     else:
-        described, resumed, first = finished, False, 0
+        described, resumed_at = finished, None
     if evaluate is not None:
         described = _evaluated(folder, described, checkpoint.path, Path(evaluate))
-    resumed_at = first if resumed else None
     return _result(folder, described, start, job.footprint.total, resumed_at, already=finished is not None)
 
 
@@ -193,10 +191,11 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
 
 
 def _work(
-    job: Job, journal: Journal, check: str, report: Progress, say: Callable[[str], None]
-) -> tuple[dict[str, Any], int]:
-    """Do a job, or what is left of it → what penjing.json says, and the number of the first block that was to do."""
+    job: Job, journal: Journal, restart: bool, check: str, report: Progress, say: Callable[[str], None]
+) -> tuple[dict[str, Any], int | None]:
+    """Do a job, or what is left of it → what penjing.json says, and the first block that was left; None for all."""
     try:
+        resumed = journal.begin(restart=restart)
         if job.text.files and not job.calibrated:
             say("no method of this recipe needs calibration data; it is not used")
         say(str(job.footprint))
@@ -207,7 +206,7 @@ def _work(
         first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
         check_disk(plan, journal, job.calibrator)
         entries = _run(plan, journal, job.calibrator, report)
-        return _complete(plan, journal, entries, check, job.shrunk), first
+        return _complete(plan, journal, entries, check, job.shrunk), first if resumed else None
     except KeyboardInterrupt:
         left = sum(journal.finished(shard.name) is None for shard in job.plan.shards)
         raise PenjingError(

@@ -155,3 +155,25 @@ def test_a_misspelt_option_is_named_with_the_nearest(model: Path, tmp_path: Path
     recipe = {"version": 1, "rules": [{"quantize": {"method": "hqq", "options": {"turn": 3}}}]}
     with pytest.raises(BadRecipe, match="method hqq has no option 'turn'; did you mean 'turns'"):
         compress(model, tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize(
+    ("output", "changes", "message"),
+    [
+        ("text.txt", {}, "is a file; give a folder"),
+        ("out", {"evaluate": "none.txt"}, "none.txt: No such file or directory; give a file with text"),
+        ("out", {"method": "gptq", "calibration": ["folder"]}, "--calibration .*folder: is a folder; give a file"),
+    ],
+    ids=["output", "evaluation", "calibration"],
+)
+def test_what_is_asked_is_looked_at_before_the_work(
+    output: str, changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("It was a dark night")
+    Path("folder").mkdir()
+    with pytest.raises(BadInput, match=message) as caught:
+        compress("model", output, bits=4, group_size=8, **changes)
+    assert "\n" not in str(caught.value)
+    assert not Path("out").exists()

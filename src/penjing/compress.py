@@ -150,9 +150,9 @@ def compress(
     disk, PenjingError when the self-check fails or the run is interrupted; no folder is left that looks whole.
     """
     start = time.monotonic()
-    _check_choices(sparse_storage, check)
-    made = build(recipe, with_data=bool(calibration), **settings)
     folder, say, report = Path(output), announce or _say_nothing, progress or _say_nothing
+    _check_asked(folder, sparse_storage, check, evaluate)
+    made = build(recipe, with_data=bool(calibration), **settings)
     checkpoint = _open(model, say)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
@@ -169,13 +169,20 @@ def compress(
     return _result(folder, described, start, job.footprint.total, resumed_at, already=finished is not None)
 
 
-def _check_choices(sparse_storage: str, check: str) -> None:
+def _check_asked(folder: Path, sparse_storage: str, check: str, evaluate: str | Path | None) -> None:
+    """BadInput for what would otherwise show when the work is done."""
     for name, value, choices in (
         ("sparse_storage", sparse_storage, ("dense", "bitmask")),
         ("check", check, ("sample", "full", "none")),
     ):
         if value not in choices:
             raise BadInput(f"{name}={value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; give a folder that is empty or does not exist")
+    if evaluate is not None:
+        from .evaluate import read_texts
+
+        read_texts(evaluate)
 
 
 def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:

@@ -95,7 +95,8 @@ def _take(documents: Iterable[Document], tokenizer: Tokenizer, wanted: int) -> l
 def read_documents(file: Path) -> list[Document]:
     """The texts and chats of a file; BadInput says what is wrong with it, and in which line."""
     if not file.is_file():
-        raise BadInput(f"--calibration {file}: there is no such file")
+        wrong = "is a folder; give a file with text" if file.is_dir() else "there is no such file"
+        raise BadInput(f"--calibration {file}: {wrong}")
     if file.suffix == ".parquet":
         found = [_document(row, f"{file}, row {number}") for number, row in enumerate(_parquet(file), 1)]
     else:

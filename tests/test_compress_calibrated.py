@@ -21,7 +21,7 @@ from penjing.compress import compress
 from penjing.errors import BadInput, OutOfBudget, PenjingError
 from penjing.formats.affine import AffineTensor
 from penjing.methods import apply
-from penjing.methods.statistics import Collector
+from penjing.methods.statistics import Collector, Statistics
 from penjing.recipe import build
 from tiny_llama import NOVELIST
 
@@ -99,6 +99,17 @@ def test_every_method_that_needs_data_gets_it(settings: dict[str, Any], work: Pa
     assert result.check["modules"] == 21
     if "sparsity" in settings:
         assert result.sparsity == pytest.approx(0.5, abs=0.02)  # few bits round some more to 0
+
+
+def test_a_rule_without_data_stands_beside_one_with_it(work: Path) -> None:
+    rules = [{"targets": "*.down_proj", "prune": {"sparsity": 0.25}}, {"targets": "*", "quantize": {**GPTQ}}]
+    settings = dict.fromkeys(GPTQ)
+    run(work, "out", recipe={"version": 1, "rules": rules}, **settings)
+    saved, source = open_checkpoint(work / "out"), open_checkpoint(work / "model")
+    plainly, name = build(prune_method="l1", sparsity=0.25).rules[0], "model.layers.1.mlp.down_proj"
+    expected = apply.solve(plainly, source.weight(name), Statistics(), scale_dtype="float32", seed=0)
+    np.testing.assert_array_equal(saved.weight(name), expected)
+    assert isinstance(saved.weight("model.layers.1.mlp.up_proj"), AffineTensor)
 
 
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, budget
 from .checkpoint import Checkpoint
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.journal import ARTIFACT, fingerprint
@@ -82,6 +82,10 @@ class Job:
         self._shrinking = self._open_shrinking()
         seen = whole if self._shrinking is None else self._shrinking.provisional()
         self.plan, self.calibrator, self.footprint = fit(*self._open(seen), limit)
+        self._measuring = self._open_measuring(seen)
+        if self._measuring is not None:
+            on_trial = dataclasses.replace(self.plan, rules=dict.fromkeys(self.plan.rules, budget.TRIAL))
+            self.footprint = self.footprint.at_least(fit(on_trial, self._measuring, limit)[2])
         if self._shrinking is not None:
             self.footprint = self.footprint.at_least(fit_shrinking(self._shrinking, limit))
 
@@ -104,6 +108,14 @@ class Job:
             self._teach(calibrator)
         return plan, calibrator
 
+    def _open_measuring(self, seen: Checkpoint) -> Calibrator | None:
+        """What a budget is measured by, where one needs data."""
+        if not any(budget.needs_data(rule) for rule in budget.measured(self.plan.rules)):
+            return None
+        calibrator = self.text.open(seen, {}, self.folder / "budget")
+        budget.ask(calibrator, self.plan.rules)
+        return calibrator
+
     def _teach(self, calibrator: Calibrator) -> None:
         """Give a calibrator the original to be like, at the ends of the layers that stay."""
         from .calibrate.recover import Teacher
@@ -118,7 +130,9 @@ class Job:
     @property
     def calibrated(self) -> Calibrator | None:
         """Who sees the text first."""
-        return self.calibrator if self.calibrator is not None or self._shrinking is None else self._shrinking.calibrator
+        if self.calibrator is None and self._shrinking is not None and self._shrinking.calibrator is not None:
+            return self._shrinking.calibrator
+        return self.calibrator or self._measuring
 
     @property
     def shrunk(self) -> dict[str, Any] | None:
@@ -135,6 +149,8 @@ class Job:
             "files": [shard.name for shard in self.plan.shards],
             "version": __version__,
         }
+        if self._measuring is not None:
+            identity["budget_batch"] = self._measuring.batch
         return identity if self.calibrated is None else identity | self.calibrated.identity()
 
     @property
@@ -145,7 +161,10 @@ class Job:
         return [*shards, *index, *self.whole.side_files, ARTIFACT, CONFIG]
 
     def begin(self, report: Report, say: Say) -> None:
-        """Choose what goes, or read what was chosen before a run was killed; have the text that the model writes."""
+        """Choose what goes, or read what was chosen before a run was killed; have the text that the model writes.
+
+        Then each layer's share of a sparsity is decided, where the recipe asks for that.
+        """
         if self.calibrated is not None and (own := self.calibrated.own) is not None:
             say(
                 f"NO CALIBRATION TEXT: the model writes {own.samples} × {own.length} tokens itself;"
@@ -155,6 +174,20 @@ class Job:
             self._follow(self._shrinking.decide(say, lambda each: each.prepare(self.limit, report)))
         if self.calibrator is not None:
             self.calibrator.prepare(self.limit, report)
+        self._share_out(report, say)
+
+    def _share_out(self, report: Report, say: Say) -> None:
+        """Decide each layer's share of a sparsity, on the same text as all the rest."""
+        if (measuring := self._measuring) is not None:
+            measuring.folder.mkdir(exist_ok=True)
+            first = self.calibrated or measuring
+            if first is measuring:
+                first.prepare(self.limit, report)
+            measuring.tokens = first.tokens
+        rules = budget.decide(self.plan, self._measuring, say)
+        self.plan = dataclasses.replace(self.plan, rules=rules)
+        if self.calibrator is not None:
+            self.calibrator.rules = rules
 
     def _follow(self, chosen: Checkpoint) -> None:
         """The same job on what was chosen: alike in every shape, it takes what was found that it takes.
@@ -167,3 +200,7 @@ class Job:
         self.plan = dataclasses.replace(plan, chunk_bytes=settled)
         if self.calibrator is not None and before is not None:
             self.calibrator.batch, self.calibrator.budget = before.batch, before.budget
+        if (measured := self._measuring) is not None:
+            self._measuring = self._open_measuring(chosen)
+            assert self._measuring is not None
+            self._measuring.batch, self._measuring.budget = measured.batch, measured.budget

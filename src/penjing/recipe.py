@@ -75,13 +75,15 @@ class Quantize:
 class Prune:
     """sparsity: the share that goes, in (0, 1).  pattern: "unstructured" or "N:M" (N of M kept).
 
-    scope: weights are ranked within a "row" or within the "tensor".  options: of the method alone, by name.
+    scope: weights are ranked within a "row" or within the "tensor".  budget: the share of each layer is the same, or
+    found so that the mean is as asked (see `budget`).  options: of the method alone, by name.
     """
 
     method: str = "l1"
     sparsity: float = 0.5
     pattern: str = "unstructured"
     scope: Literal["row", "tensor"] = "row"
+    budget: Literal["uniform", "outliers", "sensitivity", "global"] = "uniform"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -90,12 +92,16 @@ class Prune:
             raise BadRecipe(f"sparsity={self.sparsity}: give the share of weights to remove, between 0 and 1")
         if self.scope not in ("row", "tensor"):
             raise BadRecipe(f"scope={self.scope!r}: {nearest(str(self.scope), ('row', 'tensor'))}")
+        if self.budget not in BUDGETS:
+            raise BadRecipe(f"budget={self.budget!r}: {nearest(str(self.budget), BUDGETS)}")
         if self.pattern == "channel":
             raise BadRecipe(
                 "pattern=channel: in a recipe, whole neurons go by shrink: {neurons: 0.25}, beside the rules"
             )
         if self.pattern != "unstructured" and self.keep is None:
             raise BadRecipe(f"pattern={self.pattern!r}: give unstructured, or N:M with 0 < N < M, such as 2:4")
+        if self.keep is not None and self.budget != "uniform":
+            raise BadRecipe(f"budget={self.budget}: a pattern {self.pattern} leaves no choice; leave one of them out")
 
     @property
     def keep(self) -> tuple[int, int] | None:
@@ -186,6 +192,8 @@ class Recover:
             raise BadRecipe(f"rate={self.rate!r}: give a number above 0, up to 1")
 
 
+# How a mean sparsity is shared out among layers; see `budget`.
+BUDGETS = ("uniform", "outliers", "sensitivity", "global")
 # How units are chosen → does it need data?
 SHRINKERS = {"l1": False, "l2": False, "random": False, "wanda": True, "obs": True}
 

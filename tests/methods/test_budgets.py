@@ -15,10 +15,25 @@ def test_uniform() -> None:
     np.testing.assert_array_equal(budgets.uniform([4, 9], 0.3), [0.3, 0.3])
 
 
-def test_outliers_are_counted() -> None:
-    weight, norm = np.ones((2, 4), np.float32), np.array([1, 1, 1, 37], np.float32)
-    assert budgets.outlier_ratio(weight, norm, threshold=3.0) == 0.25
-    assert budgets.outlier_ratio(weight, norm, threshold=4.0) == 0
+def test_outliers_are_counted_over_the_whole_block() -> None:
+    norm = np.array([1, 1, 1, 37], np.float32)
+    block = [(np.ones((2, 4), np.float32), norm), (np.full((1, 2), 30, np.float32), np.ones(2, np.float32))]
+    # one matrix alone: mean 10; both: mean (80 + 60) / 10 = 14
+    assert budgets.outlier_ratio(lambda: block[:1], threshold=3.0) == 0.25
+    assert budgets.outlier_ratio(lambda: block, threshold=2.5) == 0.2
+    assert budgets.outlier_ratio(lambda: block, threshold=2.0) == 0.4
+
+
+def test_one_threshold_for_all() -> None:
+    """Shares are those of a sort of all scores, to the width of a bin; the mean is exact."""
+    rng = np.random.default_rng(1)
+    scores = [np.abs(rng.normal(0, size, count)).astype(np.float32) for size, count in ((1, 3000), (0.3, 500))]
+    counts = np.array([budgets.histogram(each) for each in scores])
+    for mean in (0.1, 0.5, 0.9):
+        found = budgets.by_threshold(counts, mean)
+        threshold = np.quantile(np.concatenate(scores), mean)
+        np.testing.assert_allclose(found, [(each < threshold).mean() for each in scores], atol=0.02)
+        assert found @ [3000, 500] / 3500 == pytest.approx(mean)
 
 
 def test_owl_is_its_formula() -> None:

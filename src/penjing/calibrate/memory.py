@@ -40,7 +40,8 @@ def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
         modules = [module for module in _modules(calibrator, block) if module in rules]
         shapes = {module: calibrator.checkpoint.infos[f"{module}.weight"].shape for module in modules}
         wanted = calibrator.wanted(block)
-        sums = [Collector.bytes_needed(shapes[m][1], wanted[f"{m}.weight"], "float32") for m in modules if wanted]
+        asked = [(shape, wanted.get(f"{module}.weight")) for module, shape in shapes.items()]
+        sums = [Collector.bytes_needed(shape[1], its, "float32") for shape, its in asked if its]
         weights = max(weights, calibrator.graph.block_bytes(block) + sum(prod(shapes[m]) for m in modules))
         statistics, largest = max(statistics, sum(sums)), max(largest, *sums, 0)
         work = [apply.memory_bytes(rules[m], *shapes[m]) + 8 * prod(shapes[m]) for m in modules]

@@ -265,6 +265,10 @@ class OpenBlock:
         """What comes into the block for some rows of text: float32."""
         return to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
 
+    def run(self, rows: slice) -> Tensor:
+        """What leaves the block for some rows of text, with its weights as they are now: float32."""
+        return self._run(rows)
+
     def _run(self, rows: slice, seen: Any = None) -> Tensor:
         return self.live.run(self.call(rows), self.hidden(rows), seen)
 

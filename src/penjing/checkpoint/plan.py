@@ -84,7 +84,8 @@ class Plan:
         kept = info.size
         sparse = 0
         if self.is_sparse(module) and rule.prune is not None:
-            kept = math.ceil(info.size * (1 - rule.prune.share))
+            if rule.prune.budget == "uniform":  # another one is not decided yet, and may leave all
+                kept = math.ceil(info.size * (1 - rule.prune.share))
             sparse = rows * -(-columns // 8) + rows * 8 + 16
         if rule.quantize is None:
             return kept * info.dtype.itemsize + sparse

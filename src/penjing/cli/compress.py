@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
-from ..recipe import PRESETS
+from ..recipe import BUDGETS, PRESETS
 
 
 def compress(
@@ -34,6 +34,9 @@ def compress(
         None, help="unstructured, N:M (keep N of each M in a row), or channel (neurons)."
     ),
     scope: str | None = typer.Option(None, help="Weights are ranked within a row or a tensor."),
+    budget: str | None = typer.Option(
+        None, help=f"How a sparsity is shared out among layers: {', '.join(BUDGETS)}; uniform."
+    ),
     joint: bool = typer.Option(False, "--joint", help=f"Prune and quantize in one: both methods {', '.join(JOINT)}."),
     option: list[str] | None = typer.Option(
         None, metavar="NAME=VALUE", help="The quantization method's own, e.g. damping=0.02; docs/methods.md has all."
@@ -113,6 +116,7 @@ def compress(
             sparsity=sparsity,
             pattern=pattern,
             scope=scope,
+            budget=budget,
             remove_layers=remove_layers,
             prune_neurons=prune_neurons,
             prune_heads=prune_heads,

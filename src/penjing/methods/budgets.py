@@ -6,7 +6,7 @@ Sizes are weights a layer; the mean is over weights, so that a large layer count
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from ..errors import BadInput
 
 Doubles = NDArray[np.float64]
 MOST = 0.99  # no layer loses more than that
+MANTISSA = 4
+BINS = 256 << MANTISSA
 
 
 def uniform(sizes: Sequence[int], mean: float) -> Doubles:
@@ -24,10 +26,54 @@ def uniform(sizes: Sequence[int], mean: float) -> Doubles:
     return np.full(len(sizes), float(mean))
 
 
-def outlier_ratio(weight: NDArray[Any], input_norm: NDArray[Any], threshold: float = 5.0) -> float:
-    """The share of weights (out, in) whose |w_ij| · ‖x_j‖ is more than ``threshold`` times the layer's mean."""
-    scores = np.abs(weight.astype(np.float32)) * input_norm
-    return float((scores > threshold * scores.mean(dtype=np.float64)).mean())
+def outlier_ratio(parts: Callable[[], Iterable[tuple[NDArray[Any], NDArray[Any]]]], threshold: float = 5.0) -> float:
+    """The share of a block's weights whose |w_ij| · ‖x_j‖ is more than ``threshold`` times the mean of all of them.
+
+    parts: gives the block's weights (out, in), each with the norms of its input (in,); it is called twice.
+    """
+    total, count, above = 0.0, 0, 0
+    for weight, norm in parts():
+        total += float(scores(weight, norm).sum(dtype=np.float64))
+        count += weight.size
+    for weight, norm in parts():
+        above += int((scores(weight, norm) > threshold * total / max(count, 1)).sum())
+    return above / max(count, 1)
+
+
+def scores(weight: NDArray[Any], norm: NDArray[Any] | None) -> NDArray[np.float32]:
+    """|w_ij| · ‖x_j‖ (out, in); |w_ij| where nothing is known of the input."""
+    found = np.abs(weight.astype(np.float32))
+    if norm is not None:
+        found *= norm
+    return found
+
+
+def histogram(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """How many of some numbers ≥ 0 lie in each of `BINS`: by exponent and the first `MANTISSA` bits after it."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).ravel() >> (23 - MANTISSA)
+    return np.bincount(bits, minlength=BINS)
+
+
+def by_threshold(counts: NDArray[Any], mean: float) -> Doubles:
+    """Global pruning: the share of each layer that lies below one threshold for all.
+
+    counts: (layers, bins), a `histogram` of each layer's scores. A bin is split in every layer alike.
+    """
+    sizes = counts.sum(axis=1)
+    _check(counts, sizes.tolist(), mean)
+    edges = np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0))) / sizes[:, None]
+    weights = sizes / sizes.sum()
+
+    def shares(place: float) -> Doubles:
+        low = min(int(place), counts.shape[1] - 1)
+        found: Doubles = edges[:, low] + (place - low) * (edges[:, low + 1] - edges[:, low])
+        return np.minimum(found, MOST)
+
+    low, high = 0.0, float(counts.shape[1])
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(shares(middle) @ weights) < mean else (low, middle)
+    return shares(high)
 
 
 def by_outliers(ratios: Sequence[float], sizes: Sequence[int], mean: float, spread: float = 0.08) -> Doubles:

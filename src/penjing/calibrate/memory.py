@@ -96,7 +96,8 @@ def activations(calibrator: Calibrator, block: str) -> int:
     routing = 16 * len(experts) ** 2 if len(experts) > 1 else 0  # who goes to which expert, when all go to all
     turned = largest * 4 if calibrator.dtype == torch.float32 else 0  # a weight in the products' type
     columns = max((infos[name].shape[-1] for name in calibrator.wanted(block)), default=0)
-    products = 2 * min(PANEL, columns) * columns * 4  # a panel of the hessian
+    # a panel of the hessian, or the rows in bfloat16 and again in pairs of them
+    products = max(8 * min(PANEL, columns), 4 * tokens) * columns
     masks = 3 * calibrator.batch * calibrator.tokens.shape[1] ** 2 * 4
     within = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
     return int(tokens * within + turned + products + masks)

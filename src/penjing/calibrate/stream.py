@@ -247,7 +247,7 @@ class OpenBlock:
         return collecting
 
     def _see(self, inputs: list[Input]) -> Collecting:
-        collecting, batches = Collecting(inputs, self.owner.device), self.owner._batches()
+        collecting, batches = Collecting(inputs, self.owner.device, self.owner.dtype), self.owner._batches()
         for rows in batches:
             collecting.run(self.live, partial(self._run, rows))
             self._tick(0.5 / len(batches))

@@ -29,6 +29,18 @@ def matrix(x: Floats, weight: Floats, bias: Floats | None = None) -> Floats:
     return (y if bias is None else y + bias).astype(np.float32)
 
 
+def add_gram(x: NDArray[Any], total: Floats) -> None:
+    """total (n, n) += xᵀx of bfloat16 rows (m, n), summed in float64; all of it, as its mirror is the same."""
+    rows = x.astype(np.float64)
+    total += rows.T @ rows
+
+
+def pair_product(a: Floats, low: int, high: int, b: Floats) -> Floats:
+    """Columns [low, high) of a (k, m) and b (k, n), rounded to bfloat16: aᵀb, summed in float64."""
+    left, right = (each.astype(ml_dtypes.bfloat16).astype(np.float64) for each in (a[:, low:high], b))
+    return (left.T @ right).astype(np.float32)
+
+
 def symmetric_rows(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Codes and step of each row: s = absmax / 127.5, as compressed-tensors' dynamic per-token int8."""
     scale = np.abs(x).max(axis=1, initial=0, keepdims=True) / np.float32(127.5)

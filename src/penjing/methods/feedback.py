@@ -2,8 +2,9 @@
 
 `Forward` goes once through the columns in the order of a `linalg.Factor` (GPTQ, SparseGPT, their joint form). `Descent`
 goes on from there: cyclic coordinate descent on the same loss, as in QuantEase (Behdin et al., 2023), where a column is
-decided on again with the errors of all others known; no step of it can raise the loss. Work between blocks of columns
-is a matrix product, the most of it for several blocks at once; what goes on inside a block is `kernels.settle`.
+decided on again with the errors of all others known; no step of it can raise the loss, but for the rounding of its
+slope. Work between blocks of columns is a matrix product, the most of it for several blocks at once; what goes on
+inside a block is `kernels.settle`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Descent:
     def __init__(self, weight: Floats, error: Floats, hessian: Floats, ridge: float) -> None:
         self.weight, self.error, self.hessian, self.ridge = weight, error, hessian, np.float32(ridge)
         self._wide, self._last = slice(0, 0), 0
-        self._slope = self._error = error[:0]
+        self._others = error[:0]
 
     def slope(self, start: int, stop: int) -> Floats:
         """Half the loss's derivative by the errors of columns [start, stop): (stop − start, out).
@@ -84,11 +85,26 @@ class Descent:
         """
         if start < self._last or stop > self._wide.stop:
             self._wide = slice(start, min(max(stop, start + WIDE), len(self.error)))
-            self._slope, self._error = self.hessian[self._wide] @ self.error, self.error[self._wide].copy()
+            self._others = self._slope_by_others(self._wide)
         self._last = start
-        found: Floats = self.hessian[start:stop, self._wide] @ (self.error[self._wide] - self._error)
-        found += self._slope[start - self._wide.start : stop - self._wide.start]
+        found: Floats = self.hessian[start:stop, self._wide] @ self.error[self._wide]
+        found += self._others[start - self._wide.start : stop - self._wide.start]
         found += self.ridge * self.error[start:stop]
+        return found
+
+    def _slope_by_others(self, wide: slice) -> Floats:
+        """H's rows of these columns times the errors of all other columns.
+
+        In pairs of bfloat16 where the processor has them, 1.5 times as fast: after two sweeps a layer's loss is 1.0004
+        × what it is by float32 (mean of the demo's layers at 3 bits, 1.008 at most; without sweeps 1.049).
+        """
+        own = self.error[wide].copy()
+        self.error[wide] = 0
+        if kernels.has_pairs():
+            found = kernels.pair_product(self.hessian, wide.start, wide.stop, self.error)
+        else:
+            found = self.hessian[wide] @ self.error
+        self.error[wide] = own
         return found
 
     def turned(self, start: int, direction: Floats) -> Floats:

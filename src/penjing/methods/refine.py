@@ -2,7 +2,8 @@
 
 Each sweep goes through the groups. A group's steps move to where the loss is least for its codes, in closed form; then
 each of its codes to the one that is best given all others (Behdin et al., 2023, "QuantEase", with steps that move as
-well). Pruned weights stay pruned. The loss never rises, but for the last bit of a step's stored type, which is checked.
+well). Pruned weights stay pruned. The loss does not rise but by what is rounded: steps to their stored type, which is
+checked, and slopes (see `feedback.Descent`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from penjing.errors import BadInput, OutOfBudget, PenjingError
 from penjing.formats.affine import AffineTensor
 from penjing.methods import apply
 from penjing.methods.statistics import Collector, Statistics
-from penjing.recipe import build
+from penjing.presets import build
 from tiny_llama import NOVELIST
 
 GPTQ: dict[str, Any] = {"method": "gptq", "bits": 3, "group_size": 16}

@@ -20,7 +20,8 @@ from penjing.formats.affine import AffineTensor, Grid
 from penjing.methods import rtn
 from penjing.methods.statistics import Statistics
 from penjing.models.reference import Reference
-from penjing.recipe import Recover, build, from_json
+from penjing.presets import build
+from penjing.recipe import Recover, from_json
 
 ROWS: dict[str, Any] = {"samples": 48, "sequence_length": 32}
 INT3: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 16}

@@ -11,20 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.errors import BadRecipe
-from penjing.recipe import (
-    IGNORE,
-    PRESETS,
-    Prune,
-    Quantize,
-    Recipe,
-    Rule,
-    Shrink,
-    Transform,
-    build,
-    from_json,
-    load_recipe,
-    preset,
-)
+from penjing.presets import PRESETS, build, load_recipe, preset
+from penjing.recipe import IGNORE, Prune, Quantize, Recipe, Rule, Shrink, Transform, from_json
 
 MODULES = [
     "model.embed_tokens",

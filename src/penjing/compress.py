@@ -26,7 +26,8 @@ from .errors import BadInput, PenjingError
 from .footprint import check_disk
 from .job import Job, Text
 from .models.stacked import unstack
-from .recipe import Recipe, build
+from .presets import build
+from .recipe import Recipe
 from .shards import Contents, solve_shard, solved_again
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def compress(
     """Compress a checkpoint folder into another.
 
     recipe: a preset, a file, or a `Recipe`; ``settings`` (``bits=4, group_size=64, sparsity=0.5, …``, see
-    `recipe.build`) change it or stand alone; with text to calibrate on, the preset balanced if nothing else is said.
+    `presets.build`) change it or stand alone; with text to calibrate on, the preset balanced if nothing else is said.
     memory_limit: bytes; refused when the run cannot keep it.  shard_bytes: blocks share a file until they have that
     many bytes of the original, and a killed run goes on at a file.  check: how many blocks' logits the self-check
     computes.  evaluate: a file of held-out text to measure ΔL on.  calibration, samples, sequence_length, device: for

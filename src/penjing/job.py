@@ -22,6 +22,7 @@ from .errors import Unsupported
 from .footprint import fit, fit_shrinking
 from .methods import apply
 from .recipe import Recipe, Rule
+from .rotate import Rotated
 from .shrink import Shrinking
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Job:
         self.whole, self.recipe, self.folder, self.text, self.limit = whole, recipe, folder, text, limit
         self._bitmask, self._shard_bytes = bitmask, shard_bytes
         self._shrinking = self._open_shrinking()
-        seen = whole if self._shrinking is None else self._shrinking.provisional()
+        seen = self._rotated(whole if self._shrinking is None else self._shrinking.provisional())
         self.plan, self.calibrator, self.footprint = fit(*self._open(seen), limit)
         self._measuring = self._open_measuring(seen)
         if self._measuring is not None:
@@ -96,6 +97,10 @@ class Job:
         with_data = self.recipe.shrink.needs_data
         open = (lambda seen, at: self.text.open(seen, {}, at)) if with_data else None
         return Shrinking(self.whole, self.recipe, self.folder, open)
+
+    def _rotated(self, seen: Checkpoint) -> Checkpoint:
+        """A model along the axes that the recipe's seed draws, where it asks for that; the same stream for all."""
+        return Rotated(seen, self.recipe.seed) if self.recipe.rotate else seen
 
     def _open(self, seen: Checkpoint) -> tuple[Plan, Calibrator | None]:
         """The plan for a model and, where a method needs data, what calibrates it."""
@@ -121,7 +126,7 @@ class Job:
         from .calibrate.recover import Teacher
 
         assert self.recipe.recover is not None
-        original = self.text.open(self.whole, {}, self.folder / "teacher")
+        original = self.text.open(self._rotated(self.whole), {}, self.folder / "teacher")
         shrinking, every = self._shrinking, range(len(original.order))
         layers = every if shrinking is None else shrinking.found.get("layers", shrinking.layers.first)
         calibrator.teacher = Teacher(original, [*layers, len(original.order)][1:], self.recipe.recover)
@@ -171,7 +176,8 @@ class Job:
                 " --calibration FILE with text like what it will see would be better"
             )
         if self._shrinking is not None:
-            self._follow(self._shrinking.decide(say, lambda each: each.prepare(self.limit, report)))
+            chosen = self._shrinking.decide(say, lambda each: each.prepare(self.limit, report))
+            self._follow(self._rotated(chosen))
         if self.calibrator is not None:
             self.calibrator.prepare(self.limit, report)
         self._share_out(report, say)

@@ -13,7 +13,7 @@ from calibrate_models import FAMILIES, SHAPE, make, text
 from penjing.calibrate import Calibration, Calibrator, open_calibrator
 from penjing.checkpoint import open_checkpoint
 from penjing.models.stacked import unstack
-from penjing.recipe import build
+from penjing.presets import build
 
 
 def calibrator(folder: Path, work: Path, method: str = "gptq", **calibration: Any) -> Calibrator:

@@ -14,7 +14,8 @@ from penjing.errors import BadRecipe
 from penjing.methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
 from penjing.methods.observers import OBSERVERS
 from penjing.methods.rounding import IMPORTANCE
-from penjing.recipe import PRESETS, SETTINGS, Recipe, build, from_json
+from penjing.presets import PRESETS, SETTINGS, build
+from penjing.recipe import Recipe, from_json
 from tiny_llama import NOVELIST
 
 FLAGS: dict[str, Any] = {

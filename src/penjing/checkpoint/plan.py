@@ -105,9 +105,10 @@ class Plan:
         for module in by_rows:
             info = self.weight(module)
             chunk = min(self.chunk_bytes, info.nbytes) if by_rows[module] else info.nbytes
-            # Two chunks read ahead, one pruned, the codes of the whole matrix, its packed words; what it is decoded of.
-            work = max(work, 3 * chunk + 2 * info.size + self.module_bytes(module) + info.decoding_bytes)
-        return 2 * max(results, default=0) + work + 2 * self.chunk_bytes + SLACK_BYTES
+            # Two chunks read ahead, one pruned, the codes of the whole matrix, and its packed words.
+            work = max(work, 3 * chunk + 2 * info.size + self.module_bytes(module))
+        held = max((info.decoding_bytes for info in self.checkpoint.infos.values()), default=0)
+        return 2 * max(results, default=0) + work + held + 2 * self.chunk_bytes + SLACK_BYTES
 
 
 def make_plan(

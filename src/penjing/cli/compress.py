@@ -9,7 +9,8 @@ from typing import Any
 import typer
 
 from ..methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
-from ..recipe import BUDGETS, PRESETS
+from ..presets import PRESETS
+from ..recipe import BUDGETS
 
 
 def compress(
@@ -54,6 +55,9 @@ def compress(
     ),
     multiple: int | None = typer.Option(None, min=1, help="Neurons that stay come in multiples of it; 64."),
     recover: bool = typer.Option(False, "--recover", help="Train each compressed block towards the original's output."),
+    rotate: bool = typer.Option(
+        False, "--rotate", help="Turn the model by Hadamard rotations first, so that no channel stands out."
+    ),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -124,6 +128,7 @@ def compress(
             shrink_method=shrink_method,
             multiple=multiple,
             recover=recover or None,
+            rotate=rotate or None,
             ignore=ignore or None,
             seed=seed,
         )

@@ -48,6 +48,7 @@ def layouts(weight: NDArray[np.float32]) -> dict[str, tuple[int, Callable[[], Pr
     add("W8A8", weight, Grid(8), "int8", False)
     add("int8 g128, half zeros", pruned, groups[8], "int8-groups", True)
     add("int4 g128, half zeros", pruned, groups[4], "int8-groups", True)
+    add("int4 g128, two of four", kernels.prune(weight, 0.5, pattern=(2, 4)), groups[4], "int8-groups", True)
     add("W8A8, half zeros", pruned, Grid(8), "int8", True)
     add("int4 g128, float x", weight, groups[4], "float", False)
     made["float32"] = weight.nbytes, lambda: kernels.matrix_from(weight, sparse=False)

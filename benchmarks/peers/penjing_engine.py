@@ -92,6 +92,7 @@ WORDS = {
     "int4h4": INT4 | SMALL_HEAD,
     "int4-sparse50": SPARSE | FLOAT_HEAD,
     "int4s50h4": SPARSE | SMALL_HEAD,
+    "int4s24h4": SPARSE | {"weights": "4 bits, a step for 128, two of each four zero"} | SMALL_HEAD,
     "int8": INT8 | FLOAT_HEAD,
     "int8h8": INT8 | SMALL_HEAD,
     "w8a8": INT8 | {"activations": "int8, a step a token"} | FLOAT_HEAD,

@@ -295,16 +295,79 @@ PENJING_INLINE B64 expand_nibbles(const uint8_t *p, uint64_t mask, B64 rest) {
 
 #endif
 
-// The same four bytes, all equal, in each lane.
-PENJING_INLINE B64 lane_bytes(I16 values) { return as_bytes(imul(values, isplat(0x01010101))); }
-
-// How codes are packed. Dense: block(p, use) unpacks `quads` quads from `bytes` bytes and calls use(which, B64) for
-// each.
 template <int n>
 struct Which {
   static constexpr int value = n;
 };
 
+// Two quads of which two codes of each four are kept (see pair_quads): the v-th such pair of its 128 columns.
+#if defined(__AVX512VNNI__)
+
+// Of each lane's four kept codes their columns among eight: a, b of the first quad, a + 4, b + 4 of the second.
+PENJING_INLINE B64 pair_columns(B64 places) {
+  alignas(64) static constexpr uint16_t columns[32] = {0x0100, 0x0201, 0x0302, 0x0003, 0x0200, 0x0301, 0x0002, 0x0103,
+                                                       0x0504, 0x0605, 0x0706, 0x0407, 0x0604, 0x0705, 0x0406, 0x0507,
+                                                       0x0100, 0x0201, 0x0302, 0x0003, 0x0200, 0x0301, 0x0002, 0x0103,
+                                                       0x0504, 0x0605, 0x0706, 0x0407, 0x0604, 0x0705, 0x0406, 0x0507};
+  const B64 second = _mm512_set1_epi32(8 << 16), field = _mm512_set1_epi16(7);
+  return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi64(places, field, second, 0xea), bload(columns)); // & |
+}
+
+PENJING_INLINE B64 pair_places(const uint8_t *places, int v) {
+  if (v < 15)
+    return _mm512_srl_epi16(bload(places + 64 * (v / 5)), _mm_cvtsi32_si128(3 * (v % 5)));
+  const B64 low = _mm512_srli_epi16(bload(places), 15), middle = _mm512_srli_epi16(bload(places + 64), 15);
+  return bor(low, bor(_mm512_slli_epi16(middle, 1), _mm512_slli_epi16(_mm512_srli_epi16(bload(places + 128), 15), 2)));
+}
+
+template <class Use>
+PENJING_INLINE void expand_pairs(const uint8_t *places, const uint8_t *codes, int v, Use &&use) {
+  const B64 nibbles = v & 1 ? field<4, 15>(bload(codes)) : field<0, 15>(bload(codes));
+  const B64 columns = pair_columns(pair_places(places, v));
+  const auto spread = [&](int quad) __attribute__((always_inline)) {
+    const B64 here = _mm512_set1_epi32(0x03020100 + 0x04040404 * quad);
+    B64 out = bsplat(pair_zero);
+    for (int k = 2 * quad; k < 2 * quad + 2; ++k) {
+      const B64 each = _mm512_add_epi8(_mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), bsplat(k));
+      out = _mm512_mask_shuffle_epi8(out, _mm512_cmpeq_epi8_mask(_mm512_shuffle_epi8(columns, each), here), nibbles,
+                                     each);
+    }
+    return out;
+  };
+  use(Which<0>{}, spread(0));
+  use(Which<1>{}, spread(1));
+}
+
+#else
+
+PENJING_INLINE uint32_t pair_place(const uint8_t *places, int v, int i) {
+  uint16_t word[3];
+  for (int k = 0; k < 3; ++k)
+    std::memcpy(word + k, places + 64 * k + 2 * i, 2);
+  return v < 15 ? word[v / 5] >> 3 * (v % 5) & 7 : word[0] >> 15 | word[1] >> 15 << 1 | word[2] >> 15 << 2;
+}
+
+template <class Use>
+PENJING_INLINE void expand_pairs(const uint8_t *places, const uint8_t *codes, int v, Use &&use) {
+  uint8_t out[2][64];
+  std::memset(out, pair_zero, sizeof out);
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t place = pair_place(places, v, i), a = place & 3, b = (a + 1 + (place >> 2)) & 3;
+    uint8_t *four = out[i % 2] + i / 2 * 4;
+    four[a] = codes[2 * i] >> 4 * (v & 1) & 15;
+    four[b] = codes[2 * i + 1] >> 4 * (v & 1) & 15;
+  }
+  use(Which<0>{}, bload(out[0]));
+  use(Which<1>{}, bload(out[1]));
+}
+
+#endif
+
+// The same four bytes, all equal, in each lane.
+PENJING_INLINE B64 lane_bytes(I16 values) { return as_bytes(imul(values, isplat(0x01010101))); }
+
+// How codes are packed. Dense: block(p, use) unpacks `quads` quads from `bytes` bytes and calls use(which, B64) for
+// each.
 template <GroupCode code>
 struct Packed;
 

@@ -24,11 +24,12 @@ struct CodedRows {
   int64_t segments; // in a row
 };
 
-enum class GroupCode { int8, int4, int3, int2, mxfp4, sparse8, sparse4 };
+enum class GroupCode { int8, int4, int3, int2, mxfp4, sparse8, sparse4, pairs4 };
 
 // Panels one after the other; each is [scale: group][16], [zero: group][16], both padded to cache lines, and its
 // codes: [quad][16 rows][4 columns], packed as bytes.h says. Sparse: of each segment the masks of its quads, then the
-// kept codes; what is not kept has the zero as its code.
+// kept codes; what is not kept has the zero as its code. pairs4: two of each four codes are kept, so that all has a
+// fixed length; the zero is one for all.
 struct GroupWeight {
   GroupCode code;
   int64_t rows;
@@ -53,6 +54,12 @@ struct GroupProduct {
   float *y;
   int64_t y_stride;
 };
+
+// pairs4: 128 columns of a panel are 32 quads. Which two of a quad are kept, a and (a + 1 + d) % 4, takes the three
+// bits a | d << 2; the places of 32 quads × 16 rows are 3 × 32 words of five such fields, [lane][quad of two], whose
+// sixteenth bits are one more; the codes follow, 8 × 64 bytes of two nibbles. 2.75 bits a weight.
+constexpr int pair_quads = 32, pair_place_bytes = 192;
+constexpr uint8_t pair_zero = 8;
 
 constexpr int64_t group_few = 16; // up to so many rows weights are unpacked in registers, for half as many at a time
 constexpr int64_t group_tile_panels = 4; // that are computed together when rows are many

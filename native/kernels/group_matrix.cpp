@@ -23,6 +23,18 @@ GroupCode code_of(int bits, bool sparse) {
   return bits > 4 ? GroupCode::int8 : dense[bits - 2];
 }
 
+// Are at most two of each four codes kept, in groups that need no padding and have no zeros of their own?
+bool fits_pairs(const Codes &c) {
+  if (c.bits != 4 || c.zero_point || c.columns / c.groups % group_columns != 0)
+    return false;
+  for (int64_t i = 0; i < c.rows * c.columns; i += 4) {
+    const int8_t *four = c.codes + i;
+    if ((four[0] != 0) + (four[1] != 0) + (four[2] != 0) + (four[3] != 0) > 2)
+      return false;
+  }
+  return true;
+}
+
 Segments cut(int64_t group, GroupCode code, bool per_row) {
   const int64_t unit = 4 * packed_quads(code);
   const int64_t parts = per_row ? 1 : (group + group_columns - 1) / group_columns;
@@ -69,7 +81,7 @@ public:
               bool per_row)
       : GroupMatrix(rows, columns, groups, code, zero, per_row) {
     steps(!scales_are_bfloat16(source), source.affine());
-    if (code >= GroupCode::sparse8)
+    if (has_masks())
       pack_kept(source);
     else
       pack_all(source);
@@ -79,14 +91,16 @@ public:
   // The numbers: groups, code, zero, per row, wide steps, zero points. The arrays: panels, where they begin.
   explicit GroupMatrix(const StoredReader &in)
       : GroupMatrix(in.header().rows, in.header().columns, in.number(0, 1, in.header().columns),
-                    static_cast<GroupCode>(in.number(1, 0, static_cast<int64_t>(GroupCode::sparse4))),
+                    static_cast<GroupCode>(in.number(1, 0, static_cast<int64_t>(GroupCode::pairs4))),
                     static_cast<uint8_t>(in.number(2, 0, 255)), in.number(3, 0, 1)) {
     const bool affine = in.number(5, 0, 1);
     in.check(columns % w_.groups == 0, "groups that do not divide its columns");
     in.check(!w_.per_row || w_.groups == 1, "one step a row, but many groups");
     in.check(w_.code != GroupCode::mxfp4 || (columns == 32 * w_.groups && !affine), "groups that MXFP4 has not");
     steps(in.number(4, 0, 1), affine);
-    if (w_.code >= GroupCode::sparse8) {
+    in.check(w_.code != GroupCode::pairs4 || (segments_.group % group_columns == 0 && !affine && !w_.per_row),
+             "groups that two of four have not");
+    if (has_masks()) {
       panels_ = in.bytes(0);
       begin_ = in.array<int64_t>(1, panels());
       in.check(panels_follow(), "panels that do not follow each other");
@@ -126,9 +140,11 @@ public:
   int64_t bytes() const override { return panels_.bytes() + begin_.bytes(); }
 
   std::string layout() const override {
-    constexpr const char *names[] = {"int8", "int4", "int3", "int2", "mxfp4", "int8", "int4"};
+    constexpr const char *names[] = {"int8", "int4", "int3", "int2", "mxfp4", "int8", "int4", "int4"};
     return std::string(names[static_cast<int>(w_.code)]) + (w_.per_row ? "-int8" : "-int8-groups") +
-           (w_.begin ? "-sparse" : "");
+           (w_.begin                       ? "-sparse"
+            : w_.code == GroupCode::pairs4 ? "-2:4"
+                                           : "");
   }
 
 protected:
@@ -159,6 +175,8 @@ private:
     w_.per_row = per_row;
     w_.zero = zero;
   }
+
+  bool has_masks() const { return w_.code == GroupCode::sparse8 || w_.code == GroupCode::sparse4; }
 
   void steps(bool wide, bool affine) {
     w_.wide_scale = wide;
@@ -206,7 +224,7 @@ private:
   };
   Division division(int64_t m) const {
     const int64_t team = threads();
-    const bool few = m <= (w_.begin ? group_few / 2 : group_few);
+    const bool few = m <= (w_.begin || w_.code == GroupCode::pairs4 ? group_few / 2 : group_few);
     const int64_t block = few ? std::max<int64_t>(1, panels() / (8 * team)) : group_tile_panels;
     const int64_t pieces = (panels() + block - 1) / block;
     const int64_t row_pieces = few ? 1 : std::clamp<int64_t>(4 * team / pieces, 1, (m + 47) / 48);
@@ -338,8 +356,9 @@ private:
 
 std::unique_ptr<Matrix> group_matrix(const Codes &c, bool per_row, bool sparse) {
   const CodesSource source{c};
-  return std::make_unique<GroupMatrix>(source, c.rows, c.columns, c.groups, code_of(c.bits, sparse),
-                                       static_cast<uint8_t>(source.offset()), per_row);
+  const GroupCode code = sparse && !per_row && fits_pairs(c) ? GroupCode::pairs4 : code_of(c.bits, sparse);
+  return std::make_unique<GroupMatrix>(source, c.rows, c.columns, c.groups, code, static_cast<uint8_t>(source.offset()),
+                                       per_row);
 }
 
 std::unique_ptr<Matrix> mxfp4_matrix(const uint8_t *blocks, const uint8_t *scale, int64_t rows, int64_t columns) {

@@ -29,6 +29,33 @@ void pack_threes(const uint8_t *quads, uint8_t *out) {
   }
 }
 
+// Which two of a quad's codes are kept, by a mask of at most two that differ from the zero (see pair_quads).
+constexpr uint8_t pair_of[16] = {0, 0, 0, 0, 1, 4, 1, 0, 2, 3, 5, 0, 2, 0, 0, 0};
+
+void pack_pairs(const uint8_t *quads, uint8_t *out) {
+  uint16_t places[3][vector / 2] = {};
+  uint8_t *codes = out + pair_place_bytes;
+  for (int v = 0; v < pair_quads / 2; ++v)
+    for (int i = 0; i < vector / 2; ++i) { // [lane][quad]
+      const uint8_t *four = quads + (2 * v + i % 2) * vector + i / 2 * 4;
+      unsigned mask = 0;
+      for (int k = 0; k < 4; ++k)
+        mask |= static_cast<unsigned>(four[k] != pair_zero) << k;
+      const unsigned place = pair_of[mask], first = place & 3;
+      const uint8_t kept[2] = {four[first], four[(first + 1 + (place >> 2)) & 3]};
+      if (v < 15)
+        places[v / 5][i] |= static_cast<uint16_t>(place << 3 * (v % 5));
+      else
+        for (int bit = 0; bit < 3; ++bit)
+          places[bit][i] |= static_cast<uint16_t>((place >> bit & 1) << 15);
+      for (int k = 0; k < 2; ++k) {
+        uint8_t &byte = codes[v / 2 * vector + 2 * i + k];
+        byte = static_cast<uint8_t>(v % 2 ? byte | kept[k] << 4 : kept[k]);
+      }
+    }
+  std::memcpy(out, places, sizeof places);
+}
+
 } // namespace
 
 int64_t packed_quads(GroupCode code) {
@@ -37,12 +64,16 @@ int64_t packed_quads(GroupCode code) {
   case GroupCode::mxfp4: return 2;
   case GroupCode::int3: return 8;
   case GroupCode::int2: return 4;
+  case GroupCode::pairs4: return pair_quads;
   default: return 1;
   }
 }
 
 int64_t packed_bytes(GroupCode code, int64_t quads) {
-  return quads / packed_quads(code) * (code == GroupCode::int3 ? 3 * vector : vector);
+  const int together = code == GroupCode::pairs4 ? pair_place_bytes / vector + pair_quads / 4
+                       : code == GroupCode::int3 ? 3
+                                                 : 1;
+  return quads / packed_quads(code) * together * vector;
 }
 
 void pack_dense(GroupCode code, const uint8_t *quads, int64_t count, uint8_t *out) {
@@ -52,6 +83,7 @@ void pack_dense(GroupCode code, const uint8_t *quads, int64_t count, uint8_t *ou
     case 1: std::memcpy(out, quads, vector); break;
     case 2: pack_fields<4>(quads, out); break;
     case 4: pack_fields<2>(quads, out); break;
+    case pair_quads: pack_pairs(quads, out); break;
     default: pack_threes(quads, out);
     }
     quads += together * vector;

@@ -11,7 +11,7 @@
 
 namespace penjing {
 
-constexpr int64_t stored_layout = 1; // another one whenever the bytes that any kernel reads change
+constexpr int64_t stored_layout = 2; // another one whenever the bytes that any kernel reads change
 
 class Damaged : public std::runtime_error {
 public:

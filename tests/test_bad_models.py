@@ -82,6 +82,7 @@ PLAIN: dict[str, tuple[Spoil, str]] = {
         "tensor model.embed_tokens.weight has shape (50, 64), config.json calls for (51, 64)",
     ),
     "too many layers": (_config(num_hidden_layers=4), "tensor model.layers.3."),
+    "too few layers": (_config(num_hidden_layers=2), "beyond the layers that config.json calls for"),
 }
 COMPRESSED: dict[str, tuple[Spoil, str]] = {
     "no codes": (_changed(f"{UP}.weight_packed", lambda _: None), f"tensor {UP}.weight_packed is missing"),

@@ -53,7 +53,12 @@ def spoil_family(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
 
 
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
 BAD_MODELS = {
+    "tokenizer": (spoil_tokenizer, BadCheckpoint, r"tokenizer.json: EOF .*a tokenizers-format file is needed"),
     "NaN": (spoil_nan, BadCheckpoint, r"model.layers.1.mlp.up_proj.weight has a NaN"),
     "infinity in a copy": (spoil_infinite_embedding, BadCheckpoint, r"model.embed_tokens.weight has a NaN or an inf"),
     "wrong dtype": (spoil_dtype, BadCheckpoint, r"up_proj.weight has dtype int32"),

@@ -63,9 +63,8 @@ prune_settings = st.builds(
     Prune,
     method=st.sampled_from(["l1", "l2", "random"]),
     sparsity=st.floats(0.01, 0.99),
-    pattern=st.sampled_from(["unstructured", "2:4", "1:8"]),
     scope=st.sampled_from(["row", "tensor"]),
-)
+) | st.builds(Prune, pattern=st.sampled_from(["2:4", "1:8"]))
 rules = st.builds(
     Rule,
     targets=st.lists(st.text("abc.*?", min_size=1), min_size=1, max_size=2).map(tuple),
@@ -133,11 +132,13 @@ WRONG = {
     "another version": ({"version": 2, "rules": [{"quantize": {}}]}, "version=2"),
     "no rules": ({"version": 1}, "rules is missing"),
     "nothing to do": ({"version": 1, "rules": [{"targets": "*"}]}, "does nothing"),
-    "a list": ([], "not an object"),
-    "rule is text": ({"version": 1, "rules": ["int4"]}, r"rules\[0\]: not an object"),
+    "a list": ([], "give an object with some of rules, ignore"),
+    "rule is text": ({"version": 1, "rules": ["int4"]}, r"rules\[0\]: give an object with some of targets"),
     "bits 1": (rule(quantize={"bits": 1}), r"rules\[0\].quantize: bits=1"),
     "bits 9": (rule(quantize={"bits": 9}), "give 2 to 8"),
-    "bits as text": (rule(quantize={"bits": "4"}), "bits=4"),
+    "bits as text": (rule(quantize={"bits": "4"}), "bits='4'"),
+    "symmetric as text": (rule(quantize={"symmetric": "maybe"}), "symmetric='maybe': give true or false"),
+    "sparsity beside a pattern": (rule(prune={"sparsity": 0.3, "pattern": "2:4"}), "pattern=2:4 removes 0.5"),
     "sparsity 0": (rule(prune={"sparsity": 0}), "between 0 and 1"),
     "sparsity 1": (rule(prune={"sparsity": 1.0}), "between 0 and 1"),
     "sparsity NaN": (rule(prune={"sparsity": float("nan")}), "between 0 and 1"),
@@ -153,6 +154,7 @@ WRONG = {
     "unknown setting of a transform": (rule(quantize={}, transform={"metod": "awq"}), "did you mean 'method'"),
     "targets": (rule(targets=[3], quantize={}), "give a name or a list of names"),
     "seed": ({"version": 1, "rules": [{"quantize": {}}], "seed": "x"}, "whole number"),
+    "seed below zero": ({"version": 1, "rules": [{"quantize": {}}], "seed": -1}, "seed=-1: give a whole number, 0"),
 }
 
 

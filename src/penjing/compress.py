@@ -26,6 +26,7 @@ from .errors import BadInput, PenjingError
 from .footprint import check_disk
 from .job import Job, Text
 from .models.stacked import unstack
+from .models.tokenizer import Tokenizer
 from .presets import build
 from .recipe import Recipe
 from .shards import Contents, solve_shard, solved_again
@@ -190,6 +191,8 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
     """The original, as numbers; said, where they are what an earlier compression left."""
     stored = open_checkpoint(model)
     unstack(stored)
+    if (stored.path / "tokenizer.json").is_file():
+        Tokenizer(stored.path)  # BadCheckpoint where it is damaged: what is written would serve no text
     if stored.compressed:
         say(
             f"{stored.path}: its weights are compressed already ({format_of(stored)}), and what that lost stays lost;"

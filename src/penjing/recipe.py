@@ -59,9 +59,11 @@ class Quantize:
     def __post_init__(self) -> None:
         _check_options(self.options)
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise BadRecipe(f"bits={self.bits}: no format has that many; give 2 to 8")
+            raise BadRecipe(f"bits={self.bits!r}: no format has that many; give 2 to 8")
         if type(self.group_size) is not int or self.group_size < -1:
-            raise BadRecipe(f"group_size={self.group_size}: give columns per step, -1 (a row) or 0 (the tensor)")
+            raise BadRecipe(f"group_size={self.group_size!r}: give columns per step, -1 (a row) or 0 (the tensor)")
+        if type(self.symmetric) is not bool:
+            raise BadRecipe(f"symmetric={self.symmetric!r}: give true or false")
         if self.activations not in ("none", "int8"):
             raise BadRecipe(f"activations={self.activations!r}: {nearest(str(self.activations), ('none', 'int8'))}")
         if self.activations == "int8" and not (self.bits == 8 and self.group_size in (-1, 0) and self.symmetric):
@@ -88,7 +90,7 @@ class Prune:
     def __post_init__(self) -> None:
         _check_options(self.options)
         if not isinstance(self.sparsity, int | float) or not 0 < self.sparsity < 1:
-            raise BadRecipe(f"sparsity={self.sparsity}: give the share of weights to remove, between 0 and 1")
+            raise BadRecipe(f"sparsity={self.sparsity!r}: give the share of weights to remove, between 0 and 1")
         if self.scope not in ("row", "tensor"):
             raise BadRecipe(f"scope={self.scope!r}: {nearest(str(self.scope), ('row', 'tensor'))}")
         if self.budget not in BUDGETS:
@@ -99,6 +101,8 @@ class Prune:
             )
         if self.pattern != "unstructured" and self.keep is None:
             raise BadRecipe(f"pattern={self.pattern!r}: give unstructured, or N:M with 0 < N < M, such as 2:4")
+        if self.keep is not None and self.sparsity != Prune.sparsity and abs(self.sparsity - self.share) > 0.01:
+            raise BadRecipe(f"sparsity={self.sparsity}: pattern={self.pattern} removes {self.share:.3g}; leave one out")
         if self.keep is not None and self.budget != "uniform":
             raise BadRecipe(f"budget={self.budget}: a pattern {self.pattern} leaves no choice; leave one of them out")
 
@@ -231,6 +235,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise BadRecipe(f"version={self.version}: this Penjing reads version {VERSION}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise BadRecipe(f"seed={self.seed!r}: give a whole number, 0 or more")
         if type(self.rotate) is not bool:
             raise BadRecipe(f"rotate={self.rotate!r}: give true or false")
         if self.shrink is None and not self.rotate and not any(rule.quantize or rule.prune for rule in self.rules):
@@ -283,8 +289,6 @@ Settings = TypeVar("Settings", Quantize, Prune, Transform, Shrink, Recover)
 def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
     if value is None:
         return None
-    if not isinstance(value, Mapping):
-        raise BadRecipe(f"{where}: give an object of settings, not {value!r:.40}")
     _known(value, [field.name for field in fields(kind)], where)
     try:
         return kind(**value)
@@ -292,7 +296,9 @@ def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
         raise BadRecipe(f"{where}: {error}") from None
 
 
-def _known(value: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def _known(value: Any, names: Sequence[str], where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise BadRecipe(f"{where}: give an object with some of {', '.join(names)}, not {value!r:.40}")
     for key in value:
         if key not in names:
             raise BadRecipe(f"{where}: unknown key {key!r}; {nearest(str(key), names)}")
@@ -308,8 +314,6 @@ def texts(value: Any, where: str) -> tuple[str, ...]:
 
 def from_json(value: Any, where: str = "recipe") -> Recipe:
     """A recipe from plain data; BadRecipe names the key that is wrong, and the nearest one that is right."""
-    if not isinstance(value, Mapping):
-        raise BadRecipe(f"{where}: not an object with version and rules")
     _known(value, [field.name for field in fields(Recipe)], where)
     if "version" not in value:
         raise BadRecipe(f"{where}: version is missing; write version: {VERSION}")
@@ -322,8 +326,6 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     rules = []
     for index, rule in enumerate(given):
         here = f"{where}: rules[{index}]"
-        if not isinstance(rule, Mapping):
-            raise BadRecipe(f"{here}: not an object with targets, transform, prune, quantize")
         _known(rule, [field.name for field in fields(Rule)], here)
         rules.append(
             Rule(
@@ -334,8 +336,5 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
             )
         )
     ignore = texts(value["ignore"], f"{where}: ignore") if value.get("ignore") else ()
-    seed = value.get("seed", 0)
-    if type(seed) is not int:
-        raise BadRecipe(f"{where}: seed={seed!r}: give a whole number")
     ignored = ignore if "ignore" in value else IGNORE
-    return Recipe(tuple(rules), ignored, seed, value["version"], shrink, recover, rotate)
+    return Recipe(tuple(rules), ignored, value.get("seed", 0), value["version"], shrink, recover, rotate)

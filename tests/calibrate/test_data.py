@@ -84,3 +84,11 @@ def test_what_is_wrong_is_named_with_its_place(case: str, work: Path) -> None:
         read_tokens(Calibration((work / name,), 1, 7), work / "model", 64, 3)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_chats_without_a_template_are_refused_by_name(work: Path) -> None:
+    (work / "chat.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        (work / "model" / file).unlink(missing_ok=True)
+    with pytest.raises(BadInput, match=r"chat\.jsonl: chats need the model's chat template"):
+        tokens_of(work, "chat.jsonl")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+import penjing
 from penjing.cli import app, main
 from penjing.errors import BadRecipe
 from penjing.methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
@@ -135,3 +136,10 @@ def test_a_transform_is_no_method_of_quantizing() -> None:
 
     with pytest.raises(BadRecipe, match="'awq' is unknown; it is a transform: say --transform awq"):
         quantizer("awq")
+
+
+def test_the_version_is_printed_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"penjing {penjing.__version__}\n"

@@ -62,8 +62,13 @@ def read_tokens(calibration: Calibration, folder: Path, longest: int | None, voc
     documents = [document for file in calibration.files for document in read_documents(file)]
     order = np.random.default_rng(calibration.seed).permutation(len(documents))
     tokenizer = Tokenizer(folder)
-    tokens = _take((documents[i] for i in order), tokenizer, samples * length)
     where = ", ".join(map(str, calibration.files))
+    if tokenizer.chat_template is None and not all(isinstance(document, str) for document in documents):
+        raise BadInput(
+            f"{where}: chats need the model's chat template, and {folder} has none; give plain text, or add"
+            " chat_template.jinja to the folder"
+        )
+    tokens = _take((documents[i] for i in order), tokenizer, samples * length)
     rows = min(samples, len(tokens) // length)
     if rows < 1 or (calibration.samples is not None and rows < samples):
         raise BadInput(

@@ -251,7 +251,9 @@ def open_checkpoint(path: str | Path, config: dict[str, Any] | None = None) -> C
 
         return GgufCheckpoint(folder)
     if not folder.is_dir():
-        what = "is a file; give the folder that holds it, or a .gguf" if folder.exists() else "there is no such folder"
+        what = "there is no such file" if folder.suffix == ".gguf" else "there is no such folder; download the model"
+        if folder.exists():
+            what = "is a file; give the folder that holds it, or a .gguf"
         raise BadCheckpoint(f"{folder}: {what}")
     if config is None:
         config = _read_config(folder)

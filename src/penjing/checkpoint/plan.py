@@ -151,7 +151,9 @@ def _check_fit(checkpoint: Checkpoint, module: str, rule: Rule) -> None:
             f" these do: {_divisors(columns)} (-1 is a step for a whole row)"
         )
     if rule.prune is not None and rule.prune.keep is not None and columns % rule.prune.keep[1]:
-        raise BadRecipe(f"pattern={rule.prune.pattern} does not divide {info.name}, shape {info.shape}")
+        raise BadRecipe(
+            f"pattern={rule.prune.pattern} does not divide {info.name}, shape {info.shape}; give one whose M does"
+        )
 
 
 def _divisors(columns: int) -> str:

@@ -48,6 +48,19 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     _check_norm(checkpoint, config.stem, config.final_norm)
     if not config.tied_embeddings:
         checkpoint.check_weight(config.head, (config.vocab_size, config.hidden))
+    _check_end(checkpoint, config)
+
+
+def _check_end(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """No layer comes after the last that config.json calls for, but those that guess tokens beyond the next."""
+    if checkpoint.config.get("num_nextn_predict_layers"):
+        return
+    prefix = f"{config.block(config.layers)}."
+    if beyond := [name for name in checkpoint.infos if name.startswith(prefix)]:
+        raise BadCheckpoint(
+            f"{checkpoint.file_of(beyond[0])}: tensor {beyond[0]} is beyond the layers that config.json calls for:"
+            f" num_hidden_layers = {config.layers}"
+        )
 
 
 def _check_norm(checkpoint: Checkpoint, prefix: str, norm: Norm) -> None:

@@ -262,6 +262,7 @@ def _run(plan: Plan, journal: Journal, calibrator: Calibrator | None, progress: 
                 contents = solve_shard(plan, shard, calibrator, ticker.tick)
                 if pending is not None:
                     pending.result()
+                hardware.release_memory()
                 pending = writer.submit(_write, plan, journal, calibrator, shard, contents)
             elif sha256_of(journal.output / shard.name) != entry["sha256"]:
                 raise PenjingError(f"{journal.output / shard.name}: damaged since it was written; run with --restart")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -185,3 +186,25 @@ def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
     assert answer.stderr.startswith("penjing: ")
     assert said in answer.stderr
     assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+@pytest.mark.parametrize("asked", [False, True])
+def test_freed_arrays_are_returned_though_small_ones_lie_between_them(asked: bool) -> None:
+    """glibc learns from the first large array that it frees, and keeps gaps of that size from then on: the control."""
+    program = f"""
+import numpy as np
+from penjing import hardware
+resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+if {asked}:
+    hardware.return_freed_memory()
+large = np.ones(24 << 20, np.uint8)
+del large
+pairs = [(np.ones(6 << 20, np.uint8), np.ones(4096, np.uint8)) for _ in range(20)]
+full = resident()
+small = [pair[1] for pair in pairs]
+del pairs
+print((full - resident()) >> 10)
+"""
+    returned = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(returned.stdout) >= 110 if asked else int(returned.stdout) <= 20

@@ -152,6 +152,7 @@ def compress(
     disk, PenjingError when the self-check fails or the run is interrupted; no folder is left that looks whole.
     """
     start = time.monotonic()
+    hardware.return_freed_memory()
     folder, say, report = Path(output), announce or _say_nothing, progress or _say_nothing
     _check_asked(folder, sparse_storage, check, evaluate)
     made = build(recipe, with_data=bool(calibration), **settings)
@@ -262,7 +263,6 @@ def _run(plan: Plan, journal: Journal, calibrator: Calibrator | None, progress: 
                 contents = solve_shard(plan, shard, calibrator, ticker.tick)
                 if pending is not None:
                     pending.result()
-                hardware.release_memory()
                 pending = writer.submit(_write, plan, journal, calibrator, shard, contents)
             elif sha256_of(journal.output / shard.name) != entry["sha256"]:
                 raise PenjingError(f"{journal.output / shard.name}: damaged since it was written; run with --restart")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import penjing
+from calibrate_models import make
 from penjing.checkpoint import open_checkpoint, read_safetensors, storage
 from penjing.compress import compress
 from penjing.errors import BadCheckpoint, BadInput, BadRecipe, PenjingError
@@ -334,6 +336,29 @@ def test_calibration_data_that_no_method_needs_is_not_used_and_that_is_said(mode
     said: list[str] = []
     compress(model, tmp_path / "out", "int8", calibration=["absent.txt"], announce=said.append)
     assert said[0].startswith("no method of this recipe needs calibration")
+
+
+@pytest.mark.parametrize(
+    ("family", "without", "first"),
+    [
+        ("llama", None, None),
+        ("cohere", None, "model_type 'cohere' has no description: what is made of it is served by transformers' graph"),
+        ("cohere", "vocab_size", "Penjing will not serve the result: .*vocab_size is missing"),
+    ],
+)
+def test_that_the_engine_will_not_serve_the_result_is_said_before_the_work(
+    family: str, without: str | None, first: str | None, tmp_path: Path
+) -> None:
+    make(tmp_path / "model", family)
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    values.pop(without, None)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    said: list[str] = []
+    compress(tmp_path / "model", tmp_path / "out", bits=4, group_size=16, announce=said.append)
+    if first is None:
+        assert not any("serve" in line for line in said)
+    else:
+        assert re.search(first, said[0])
 
 
 def test_read_safetensors_sees_the_metadata_that_transformers_wants(model: Path, tmp_path: Path) -> None:

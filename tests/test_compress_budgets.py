@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from penjing import budget
 from penjing.calibrate import Calibration, read_tokens
 from penjing.checkpoint import open_checkpoint
 from penjing.compress import compress
-from penjing.errors import BadRecipe, PenjingError
+from penjing.errors import BadRecipe, OutOfBudget, PenjingError
 from penjing.recipe import BUDGETS
 
 NOVELIST = Path(__file__).parents[1] / "examples" / "novelist"
@@ -36,6 +37,19 @@ def work(tmp_path: Path) -> Path:
 def run(work: Path, out: str = "out", **settings: Any) -> Any:
     rows = {"calibration": [work / "text.txt"], "samples": 10, "sequence_length": 24}
     return compress(work / "model", work / out, **{"sparsity": 0.6, **rows, **settings})
+
+
+def test_hidden_states_that_a_budget_is_measured_on_are_counted_on_the_disk(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(work)
+    hidden = 10 * 24 * 32 * 4
+    weights = sum(file.stat().st_size for file in (work / "model").glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=weights + 2 * hidden))
+    run(work, "uniform", prune_method="l1")
+    with pytest.raises(OutOfBudget, match=r"\d+ bytes are needed on the disk"):
+        run(work, "outliers", prune_method="l1", budget="outliers")
+    assert not list((work / "outliers").rglob("hidden-*"))
 
 
 def shares(folder: Path) -> dict[str, float]:

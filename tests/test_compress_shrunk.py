@@ -292,6 +292,13 @@ def test_a_limit_that_cannot_be_kept_is_refused(work: Path) -> None:
         run(work, **NEURONS, memory_limit=1000)
 
 
+def test_neurons_stay_in_multiples_that_do_not_divide_what_there_was(work: Path) -> None:
+    run(work, prune_neurons=0.5, multiple=20, shrink_method="l2")
+    assert json.loads((work / "out" / "config.json").read_text())["intermediate_size"] == 20  # of 48
+    with pytest.raises(BadRecipe, match="kept in multiples of 100"):
+        run(work, "none", prune_neurons=0.5, multiple=100, shrink_method="l2")
+
+
 def test_what_choosing_took_is_not_counted_twice(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that was in use while units were chosen neither refuses the rest nor changes its batch, so its bytes."""
     plain = run(work, "plain", **ALL)

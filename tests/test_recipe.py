@@ -176,10 +176,26 @@ def test_wrong_names_come_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("rules: [")
     with pytest.raises(BadRecipe, match="not YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    with pytest.raises(BadRecipe, match="not YAML"):
+        load_recipe(tmp_path / "deep.yaml")
     with pytest.raises(BadRecipe, match="nothing to do"):
         build()
     with pytest.raises(BadRecipe, match="not a regular expression"):
         Recipe((Rule(("re:(",), Quantize()),)).resolve(MODULES)
+
+
+TWICE = {
+    "r.yaml": "version: 1\nrules:\n  - targets: '*'\n    quantize: {bits: 8, group_size: 64, bits: 4}\n",
+    "r.json": '{"version": 1, "rules": [{"quantize": {"bits": 8,\n "group_size": 64, "bits": 4}}]}',
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_that_is_there_twice_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(TWICE[name])
+    with pytest.raises(BadRecipe, match=rf"{name}, line \d: key 'bits' is there twice; leave one of them out"):
+        load_recipe(tmp_path / name)
 
 
 def test_targets_that_match_nothing() -> None:

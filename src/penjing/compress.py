@@ -23,10 +23,14 @@ from .checkpoint.journal import ARTIFACT, FOLDER, Journal
 from .checkpoint.plan import Plan, Shard
 from .checkpoint.safetensors import sha256_of, write_safetensors
 from .errors import BadInput, PenjingError
+from .evaluate import evaluate as measure
+from .evaluate import interval, read_texts
 from .footprint import check_disk
 from .job import Job, Text
+from .models import Outline, read_any
 from .models.stacked import unstack
 from .models.tokenizer import Tokenizer
+from .overlap import check_held_out
 from .presets import build
 from .recipe import Recipe
 from .shards import Contents, solve_shard, solved_again
@@ -110,10 +114,13 @@ class CompressResult:
                 f"{len(many)} layers have more than {MUCH_CLIPPED:.0%} of their weights beyond the range of their"
                 f" steps; most {worst}, {many[worst]:.1%}"
             )
-        if self.evaluation is not None:
-            low, high = self.evaluation["loss_change_ci95"] or (float("nan"), float("nan"))
-            rows["ΔL"] = f"{self.evaluation['loss_change']:+.4f}, 95 % [{low:+.4f}, {high:+.4f}]"
-
+        rows["loss"] = "change not measured: give held-out text, --evaluate FILE"
+        if (found := self.evaluation) is not None:
+            rows["loss"] = (
+                f"ΔL {found['loss_change']:+.4f}, {interval(found['loss_change_ci95'], '+.4f')};"
+                f" KL {found['kl']:.5f}, {interval(found['kl_ci95'], '.5f')};"
+                f" perplexity {found['base_perplexity']:.3f} → {found['perplexity']:.3f}"
+            )
         return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
 
 
@@ -154,13 +161,15 @@ def compress(
     start = time.monotonic()
     hardware.return_freed_memory()
     folder, say, report = Path(output), announce or _say_nothing, progress or _say_nothing
-    _check_asked(folder, sparse_storage, check, evaluate)
+    _check_asked(folder, sparse_storage, check)
+    held_out = read_texts(evaluate) if evaluate is not None else []
     made = build(recipe, with_data=bool(calibration), **settings)
     checkpoint = _open(model, say)
     if folder.resolve() == checkpoint.path.resolve():
         raise BadInput(f"{folder}: is the model itself; give another folder")
     text = Text(tuple(map(Path, calibration)), samples, sequence_length, made.seed, device)
     job = Job(checkpoint, made, folder / FOLDER, text, sparse_storage == "bitmask", shard_bytes, memory_limit)
+    check_held_out(held_out, job.calibrated_text(), str(evaluate))
     journal = Journal(folder, job.identity, job.files)
     finished = None if restart else journal.finished_artifact()
     if finished is None:
@@ -172,7 +181,7 @@ def compress(
     return _result(folder, described, start, job.footprint.total, resumed_at, already=finished is not None)
 
 
-def _check_asked(folder: Path, sparse_storage: str, check: str, evaluate: str | Path | None) -> None:
+def _check_asked(folder: Path, sparse_storage: str, check: str) -> None:
     """BadInput for what would otherwise show when the work is done."""
     for name, value, choices in (
         ("sparse_storage", sparse_storage, ("dense", "bitmask")),
@@ -182,16 +191,13 @@ def _check_asked(folder: Path, sparse_storage: str, check: str, evaluate: str | 
             raise BadInput(f"{name}={value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; give a folder that is empty or does not exist")
-    if evaluate is not None:
-        from .evaluate import read_texts
-
-        read_texts(evaluate)
 
 
 def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
     """The original, as numbers; said, where they are what an earlier compression left."""
     stored = open_checkpoint(model)
     unstack(stored)
+    _say_who_serves(stored, say)
     if (stored.path / "tokenizer.json").is_file():
         Tokenizer(stored.path)  # BadCheckpoint where it is damaged: what is written would serve no text
     if stored.compressed:
@@ -200,6 +206,20 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
             " compress the original where there is one"
         )
     return Decoded(stored) if stored.compressed and "quantization_config" in stored.config else stored
+
+
+def _say_who_serves(stored: Checkpoint, say: Callable[[str], None]) -> None:
+    """Say before the work what would otherwise show after it: that Penjing's engine will not run the result itself."""
+    try:
+        found = read_any(stored)
+    except BadInput as why:
+        say(f"Penjing will not serve the result: {why}")
+        return
+    if isinstance(found, Outline):
+        say(
+            f"{stored.path}: model_type {found.family!r} has no description: what is made of it is served by"
+            " transformers' graph, slower, if it writes text, and its logits are not part of the self-check"
+        )
 
 
 def _work(
@@ -213,12 +233,12 @@ def _work(
         say(str(job.footprint))
         if any(rule.prune for rule in job.plan.rules.values()):
             say(BITMASK_NOTE if job.plan.bitmask else DENSE_NOTE)
+        check_disk(job.plan, journal, job.calibrators)
         job.begin(report, say)
         plan = job.plan
         first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-        check_disk(plan, journal, job.calibrator)
         entries = _run(plan, journal, job.calibrator, report)
-        return _complete(plan, journal, entries, check, job.shrunk), first if resumed else None
+        return _complete(job, journal, entries, check), first if resumed else None
     except KeyboardInterrupt:
         left = sum(journal.finished(shard.name) is None for shard in job.plan.shards)
         raise PenjingError(
@@ -302,11 +322,9 @@ def _write(
     return entry
 
 
-def _complete(
-    plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str, shrunk: dict[str, Any] | None
-) -> dict[str, Any]:
+def _complete(job: Job, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str) -> dict[str, Any]:
     """Index, side files, self-check, penjing.json, and config.json last → what penjing.json says."""
-    output = journal.output
+    plan, output = job.plan, journal.output
     if len(entries) > 1:
         artifact.write_index(output, {name: entry["tensors"] for name, entry in entries.items()})
     artifact.copy_side_files(plan.checkpoint, output)
@@ -321,7 +339,12 @@ def _complete(
     verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, solved)
     saved.close()
     described = artifact.describe(plan, journal.identity, journal.files, entries)
-    described |= {"check": verdict, "calibration": artifact.calibration(journal.identity, verdicts), "shrunk": shrunk}
+    described |= {
+        "check": verdict,
+        "calibration": artifact.calibration(journal.identity, verdicts),
+        "shrunk": job.shrunk,
+    }
+    described["calibrated_text"] = job.calibrated_text()
     described["recovered"] = {block: its for entry in entries.values() for block, its in entry["recovered"].items()}
     write_json(output / ARTIFACT, described)
     artifact.complete(output, config)
@@ -331,9 +354,7 @@ def _complete(
 
 def _evaluated(output: Path, made: dict[str, Any], original: Path, data: Path) -> dict[str, Any]:
     """ΔL on held-out text, noted in penjing.json."""
-    from .evaluate import evaluate
-
-    measured = evaluate(output, data, original).to_dict()
+    measured = measure(output, data, original).to_dict()
     kept = {name: value for name, value in measured.items() if name not in ("seconds", "peak_rss_bytes")}
     made = made | {"evaluation": {"data": data.name, "data_sha256": sha256_of(data)} | kept}
     write_json(output / ARTIFACT, made)

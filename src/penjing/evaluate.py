@@ -20,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import hardware, models
-from .errors import BadInput, PenjingError
+from .checkpoint.atomic import read_json
+from .checkpoint.journal import ARTIFACT
+from .errors import BadCheckpoint, BadInput, PenjingError
 from .models.tokenizer import Tokenizer
+from .overlap import check_held_out
 from .stats import paired_change
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ Interval: TypeAlias = tuple[float, float]
 Progress: TypeAlias = Callable[[float, float], None]
 
 SPILL_BYTES = 1 << 30  # activations beyond this lie in a temporary file
+LENGTH = 512  # tokens in a window
 LOGITS = 1 << 22  # logits that are in memory at once, so that tokens × vocabulary never is
 
 
@@ -73,15 +77,16 @@ class Evaluation:
         if self.base_loss is not None:
             rows += [
                 f"base loss   {self.base_loss:.4f}   perplexity {self.base_perplexity:.3f}",
-                f"change ΔL  {self.loss_change:+.4f}   {_interval(self.loss_change_ci95, '+.4f')}",
-                f"KL          {self.kl:.5f}  {_interval(self.kl_ci95, '.5f')}",
-                f"same top-1  {self.top1_agreement:.2%}   {_interval(self.top1_agreement_ci95, '.2%')}",
+                f"change ΔL  {self.loss_change:+.4f}   {interval(self.loss_change_ci95, '+.4f')}",
+                f"KL          {self.kl:.5f}  {interval(self.kl_ci95, '.5f')}",
+                f"same top-1  {self.top1_agreement:.2%}   {interval(self.top1_agreement_ci95, '.2%')}",
             ]
         where = f"{self.tokens} tokens in {self.windows} windows of {self.context_length}, stride {self.stride}"
         return "\n".join([*rows, f"on          {where}; {self.seconds:.1f} s"])
 
 
-def _interval(ends: Interval | None, form: str) -> str:
+def interval(ends: Sequence[float] | None, form: str) -> str:
+    """An interval's ends in a number format, or that there is none."""
     return f"95 % [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "no interval: one window only"
 
 
@@ -98,7 +103,7 @@ def evaluate(
     data: str | Path | Sequence[str],
     against: str | Path | None = None,
     *,
-    context_length: int = 512,
+    context_length: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
@@ -107,16 +112,20 @@ def evaluate(
     """Measure a model on held-out text, and the change against the model it was made from.
 
     model, against: folders.  data: a ``.txt`` file (one text), a ``.jsonl`` file (a text in ``text`` of each line), or
-    texts.  stride: ``context_length`` by default, so that windows do not overlap.  max_tokens: use only so many from
-    the beginning.  Raises BadInput, before any work, for text or settings that cannot be measured, for models of
-    different vocabularies, and PenjingError if a loss is not finite.
+    texts.  context_length: 512 by default, or what the model can take.  stride: that by default, so that windows do not
+    overlap.  max_tokens: use only so many from the beginning.  Raises BadInput, before any work, for text or settings
+    that cannot be measured, for models of different vocabularies, for text that the model was calibrated on, and
+    PenjingError if a loss is not finite.
     """
     began = time.monotonic()
     streams = [models.texts(folder) for folder in ([model] if against is None else [model, against])]
     models.use_threads(threads)
+    if context_length is None:
+        context_length = min([LENGTH, *(stream.config.max_position for stream in streams)])
     stride = context_length if stride is None else stride
     _check_settings(streams, context_length, stride, max_tokens)
     texts = read_texts(data) if isinstance(data, (str, Path)) else list(data)
+    check_held_out(texts, calibrated_text(model), _name(data))
     documents = _tokens(streams, texts, max_tokens)
     windows = [window for document in documents for window in cut(document, context_length, stride)]
     if not windows:
@@ -131,6 +140,13 @@ def evaluate(
         seconds=time.monotonic() - began,
         peak_rss_bytes=hardware.peak_memory_bytes(),
     )
+
+
+def calibrated_text(model: str | Path) -> list[int]:
+    """The sketch (see `overlap`) of what a compressed model was calibrated on; empty where it was not."""
+    artifact = Path(model) / ARTIFACT
+    found = read_json(artifact, BadCheckpoint).get("calibrated_text") if artifact.is_file() else None
+    return [value for value in found if type(value) is int] if isinstance(found, list) else []
 
 
 def _steps(stream: Texts) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,10 +120,13 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
     return Footprint(terms)
 
 
-def check_disk(plan: Plan, journal: Journal, calibrator: Calibrator | None) -> None:
-    """OutOfBudget when the files that are left to write, and the hidden states between blocks, do not fit."""
+def check_disk(plan: Plan, journal: Journal, calibrators: Sequence[Calibrator]) -> None:
+    """OutOfBudget when the files that are left to write, and the hidden states between blocks, do not fit.
+
+    calibrators: of the run's parts, which follow one another and leave no hidden states behind.
+    """
     left = sum(plan.output_bytes(shard) for shard in plan.shards if journal.finished(shard.name) is None)
-    hidden = 0 if calibrator is None else (3 if calibrator.teacher is None else 5) * calibrator.hidden_bytes()
+    hidden = max(((3 if each.teacher is None else 5) * each.hidden_bytes() for each in calibrators), default=0)
     free = shutil.disk_usage(journal.output).free
     if left + hidden > free:
         raise OutOfBudget(f"{journal.output}: {left + hidden} bytes are needed on the disk, {free} are free")

@@ -21,6 +21,8 @@ from .checkpoint.plan import Plan, make_plan
 from .errors import Unsupported
 from .footprint import fit, fit_shrinking
 from .methods import apply
+from .models.tokenizer import Tokenizer
+from .overlap import sketch
 from .recipe import Recipe, Rule
 from .rotate import Rotated
 from .shrink import Shrinking
@@ -138,6 +140,19 @@ class Job:
         if self.calibrator is None and self._shrinking is not None and self._shrinking.calibrator is not None:
             return self._shrinking.calibrator
         return self.calibrator or self._measuring
+
+    @property
+    def calibrators(self) -> list[Calibrator]:
+        """All that see the text, one after another: choosing what goes, measuring for a budget, compressing."""
+        first = None if self._shrinking is None else self._shrinking.calibrator
+        return [each for each in (first, self._measuring, self.calibrator) if each is not None]
+
+    def calibrated_text(self) -> list[int]:
+        """The sketch of the text that is calibrated on (see `overlap`); empty for the model's own."""
+        if self.calibrated is None or self.calibrated.own is not None:
+            return []
+        tokenizer = Tokenizer(self.whole.path)
+        return sketch(tokenizer.decode(row) for row in self.calibrated.tokens.tolist())
 
     @property
     def shrunk(self) -> dict[str, Any] | None:

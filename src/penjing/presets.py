@@ -64,13 +64,29 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     path = Path(source)
     if path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
         return preset(str(source))
+    return from_json(_read_yaml(path), str(path))
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a file of YAML says, or of JSON, which is YAML too; BadRecipe for what is neither, or says a thing twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """As YAML's own, which takes the last of equal keys without a word."""
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise BadRecipe(f"{path}, line {line}: key {key.value!r} is there twice; leave one of them out")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        return from_json(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise BadRecipe(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BadRecipe(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -9,7 +9,7 @@ def evaluate(
     model: str = typer.Argument(..., metavar="MODEL", help="The folder of a model, compressed or not, or a .gguf."),
     data: str = typer.Option(..., help="Held-out text: a .txt file, or .jsonl with a text in 'text' of each line."),
     against: str | None = typer.Option(None, metavar="BASE", help="The model that MODEL was made from."),
-    context_length: int = typer.Option(512, help="Tokens in a window."),
+    context_length: int | None = typer.Option(None, help="Tokens in a window; 512, or what the model can take."),
     stride: int | None = typer.Option(None, help="Tokens from one window to the next; the context length by default."),
     max_tokens: int | None = typer.Option(None, help="Use only so many tokens from the beginning of the data."),
     threads: int | None = typer.Option(None, help="Threads; all cores by default."),

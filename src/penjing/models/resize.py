@@ -7,6 +7,7 @@ column of all that read it, which the description knows of every family (`Linear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -202,12 +203,17 @@ _KINDS = {True: "full_attention", False: "sliding_attention"}
 
 @dataclass(frozen=True)
 class Asked:
-    """layers: the numbers that stay.  neurons, heads, experts: shares that go.  multiple: of what neurons are kept."""
+    """layers: the numbers that stay.  neurons, heads, experts: shares that go.
+
+    multiple: as many neurons as it divides are kept.  multiples: these divide them too, each where it divides all that
+    there are.
+    """
 
     layers: tuple[int, ...]
     neurons: float = 0.0
     heads: float = 0.0
     experts: float = 0.0
+    multiple: int = 1
     multiples: Sequence[int] = ()
 
 
@@ -267,9 +273,9 @@ def _fewer_neurons(config: Mapping[str, Any], asked: Asked) -> dict[str, int]:
         size = values.get(key)
         if type(size) is not int:
             continue
-        multiple = int(np.lcm.reduce([m for m in asked.multiples if size % m == 0] or [1]))
+        multiple = math.lcm(asked.multiple, *(m for m in asked.multiples if size % m == 0))
         found[key] = max(multiple, round(size * (1 - asked.neurons) / multiple) * multiple)
-        if found[key] == size:
+        if found[key] >= size:
             raise BadRecipe(
                 f"neurons={asked.neurons:g}: that is less than half of {multiple} of {key}={size}, and neurons are"
                 f" kept in multiples of {multiple}"

@@ -96,9 +96,9 @@ class Shrinking:
     def _narrow(self, shorter: Checkpoint) -> Resize:
         asked = self.asked
         groups = {rule.quantize.group_size for rule in self.recipe.rules if rule.quantize is not None}
-        multiples = [MULTIPLE, *(size for size in groups if size > 0)] if asked.multiple is None else [asked.multiple]
+        multiples = (MULTIPLE, *(size for size in groups if size > 0)) if asked.multiple is None else ()
         blocks = tuple(range(len(self.layers.first)))
-        return resize(shorter, Asked(blocks, asked.neurons, asked.heads, asked.experts, tuple(multiples)))
+        return resize(shorter, Asked(blocks, asked.neurons, asked.heads, asked.experts, asked.multiple or 1, multiples))
 
 
 def _seen(smaller: Resize) -> View:

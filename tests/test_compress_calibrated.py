@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from calibrate_models import make, text
@@ -174,6 +175,25 @@ def test_an_interrupted_run_ends_with_the_same_bytes(reports: int, work: Path) -
     assert run(work, "out").digest == whole.digest
     for file in (work / "whole").iterdir():
         assert file.read_bytes() == (work / "out" / file.name).read_bytes()
+
+
+def test_what_sees_is_compressed_without_data_and_refused_with_text(tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**shape, image_size=16, patch_size=4)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(text())
+    settings = {"method": "gptq", "group_size": 32, "calibration": [tmp_path / "text.txt"]}
+    with pytest.raises(BadInput, match=r"ViTForImageClassification reads no text, .*; take methods without data"):
+        compress(tmp_path / "model", tmp_path / "out", **settings)
+    result = compress(tmp_path / "model", tmp_path / "out", bits=8, group_size=-1)
+    assert (result.check["modules"], result.stacked_bytes) == (13, 0)
+    small = open_checkpoint(tmp_path / "out")
+    for name, parameter in safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors").items():
+        stored = small.tensor(name).astype(np.float32)
+        step = np.abs(stored).max(axis=-1, keepdims=True) / 127 if stored.ndim == 2 else 0.0
+        assert (np.abs(stored - parameter) <= 0.51 * step).all(), name
 
 
 def test_another_text_in_the_same_folder_is_refused(work: Path) -> None:

@@ -119,6 +119,14 @@ def test_an_option_needs_a_name_and_a_value(word: str, capsys: pytest.CaptureFix
     assert f"--option {word}: give NAME=VALUE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", [["--method", "imatrix"], ["--prune-method", "obs"]])
+def test_joint_is_one_method_for_both(other: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["compress", str(NOVELIST), "-o", str(tmp_path / "out"), "--joint", *other])
+    assert capsys.readouterr().err == "penjing: --joint is one method for both; leave --method and --prune-method out\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_go_with_their_method() -> None:
     made = build({"version": 1, "rules": [{"quantize": {"method": "gptq", "options": {"sweeps": 8}}}]}, bits=3)
     assert made.rules[0].quantize is not None

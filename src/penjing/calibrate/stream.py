@@ -302,6 +302,11 @@ def open_calibrator(
     where = _device(device)
     graph = Graph(checkpoint, where)
     text = graph.model.config.get_text_config()
+    if not isinstance(getattr(text, "vocab_size", None), int):
+        raise Unsupported(
+            f"{checkpoint.path}: {type(graph.model).__name__} reads no text, which is all that is calibrated on here;"
+            " take methods without data (rtn, hqq, l1, l2), or penjing.quantize(module, data=…) on the module itself"
+        )
     longest, vocabulary = getattr(text, "max_position_embeddings", None), int(text.vocab_size)
     if not calibration.files and not graph.model.can_generate():
         kind = type(graph.model).__name__

@@ -121,7 +121,7 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
     rules = list(dict.fromkeys(plan.rules.values()))
     infos = plan.checkpoint.infos
     copies = [infos[name] for shard in plan.shards for name in shard.copies]
-    stacks = [info for info in copies if len(info.shape) == 3 and info.shape[1] > 1]
+    stacks = [info for info in copies if len(info.shape) == 3 and min(info.shape[:2]) > 1]
     return {
         "penjing": __version__,
         "identity": identity,

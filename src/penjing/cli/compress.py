@@ -87,7 +87,11 @@ def compress(
     import sys
 
     from ..compress import compress as run
+    from ..errors import BadInput
     from ._common import parse_size, progress_bar
+
+    if joint and {method, prune_method} - {None, "joint"}:
+        raise BadInput("--joint is one method for both; leave --method and --prune-method out")
 
     with progress_bar("compressing") as progress:
         result = run(

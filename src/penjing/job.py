@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.journal import ARTIFACT, fingerprint
 from .checkpoint.plan import Plan, make_plan
-from .errors import Unsupported
+from .errors import BadRecipe, Unsupported
 from .footprint import fit, fit_shrinking
 from .methods import apply
 from .models.tokenizer import Tokenizer
@@ -80,6 +80,8 @@ class Job:
     ) -> None:
         for rule in recipe.rules:
             apply.check(rule)
+            if recipe.recover is not None and rule.quantize is not None and rule.quantize.format != "int":
+                raise BadRecipe(f"recover: it trains integers; leave it out with format={rule.quantize.format}")
         self.whole, self.recipe, self.folder, self.text, self.limit = whole, recipe, folder, text, limit
         self._bitmask, self._shard_bytes = bitmask, shard_bytes
         self._shrinking = self._open_shrinking()
@@ -111,6 +113,7 @@ class Job:
         if not recovered and not any(apply.needs(rule) for rule in plan.rules.values()):
             return plan, None
         calibrator = self.text.open(seen, plan.rules, self.folder)
+        _check_static_inputs(plan, calibrator)
         if recovered:
             self._teach(calibrator)
         return plan, calibrator
@@ -225,3 +228,14 @@ class Job:
             self._measuring = self._open_measuring(chosen)
             assert self._measuring is not None
             self._measuring.batch, self._measuring.budget = measured.batch, measured.budget
+
+
+def _check_static_inputs(plan: Plan, calibrator: Calibrator) -> None:
+    """BadRecipe for a layer that no block shows the input of, where its step is to be found by that."""
+    seen = {name for block in calibrator.order for name in calibrator.wanted(block)}
+    for module, rule in plan.rules.items():
+        if apply.static_inputs(rule) and f"{module}.weight" not in seen:
+            raise BadRecipe(
+                f"activations=fp8-static: {module} lies outside the blocks that calibration goes through, so its input"
+                " is not seen; ignore it, or give it a rule with activations=fp8"
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import BadRecipe, nearest
-from .recipe import IGNORE, Prune, Quantize, Recipe, Recover, Rule, Shrink, Transform, from_json, texts
+from .recipe import IGNORE, Prune, Quantize, Recipe, Recover, Rule, Shrink, Transform, from_json, texts, with_format
 
 Part = TypeVar("Part", Quantize, Prune, Transform)
 
@@ -22,6 +22,13 @@ _SCHEMES = {
 }
 _SCHEMES |= {f"w{bits}a16": Quantize(bits=bits) for bits in (2, 3, 4, 5, 6, 7)}
 _SCHEMES |= {"w4a16_asym": Quantize(bits=4, symmetric=False), "w8a16": _SCHEMES["int8"]}
+_SCHEMES |= {
+    "fp8": Quantize(**with_format({"format": "fp8", "group_size": 0, "activations": "fp8-static"})),
+    "fp8_dynamic": Quantize(**with_format({"format": "fp8", "activations": "fp8"})),
+    "fp8_block": Quantize(**with_format({"format": "fp8-block", "activations": "fp8"})),
+    "mxfp4a16": Quantize(**with_format({"format": "mxfp4"})),
+    "nvfp4a16": Quantize(**with_format({"format": "nvfp4"})),
+}
 # What is wanted of the result; docs/compress.md says when to choose which.
 _GOALS = {
     "fast": Rule(("*",), Quantize("hqq", symmetric=False)),
@@ -119,6 +126,7 @@ def build(
         made = _recipe_for(changes, with_data)
     rules = tuple(_changed(rule, changes) for rule in made.rules)
     few = any(rule.prune or (rule.quantize and rule.quantize.bits <= _FEW) for rule in rules)
+    few = few and not any(rule.quantize and rule.quantize.format != "int" for rule in rules)
     if made.recover is _CODES and not few:
         made = dataclasses.replace(made, recover=None)
     return dataclasses.replace(
@@ -173,16 +181,24 @@ def _recipe_for(changes: Changes, with_data: bool) -> Recipe:
     if not with_data or named:
         return Recipe((Rule(("*",), Quantize() if quantize or transform else None, Prune() if prune else None),))
     if prune and not quantize:
-        method = "gradual" if prune.get("pattern", "unstructured") == "unstructured" else "sparsegpt"
-        return Recipe((Rule(("*",), prune=Prune(method)),), recover=_CODES)
+        return Recipe((Rule(("*",), prune=Prune(_pruner(prune))),), recover=_CODES)
     return preset("balanced")
+
+
+def _pruner(prune: Mapping[str, Any]) -> str:
+    """The method that prunes best by data, for these settings."""
+    return "gradual" if prune.get("pattern", "unstructured") == "unstructured" else "sparsegpt"
 
 
 def _changed(rule: Rule, changes: Changes) -> Rule:
     prune, quantize = dict(changes["prune"]), dict(changes["quantize"])
     now = quantize.get("method", rule.quantize and rule.quantize.method)
+    kind = quantize.get("format", rule.quantize.format if rule.quantize else "int")
     if prune and rule.prune is None and "method" not in prune and now in _JOINTLY:
-        prune["method"] = quantize["method"] = _JOINTLY[now]
+        if kind == "int":
+            prune["method"] = quantize["method"] = _JOINTLY[now]
+        else:  # which are rounded to after pruning, not in one with it
+            prune["method"] = _pruner(prune)
     return Rule(
         rule.targets,
         _with(rule.quantize or Quantize(), quantize) if quantize else rule.quantize,
@@ -193,5 +209,7 @@ def _changed(rule: Rule, changes: Changes) -> Rule:
 
 def _with(part: Part, changes: Mapping[str, Any]) -> Part:
     """A part with other settings. Options are added to those there are, which go when their method does."""
+    if isinstance(part, Quantize) and changes.get("format", part.format) != part.format:
+        changes = with_format(changes)
     options = part.options if changes.get("method", part.method) == part.method else {}
     return dataclasses.replace(part, **{**changes, "options": {**options, **changes.get("options", {})}})

@@ -39,11 +39,30 @@ IGNORE = (
 )
 
 
+# Number formats → what they leave no choice of, or what is meant where nothing is said.
+FORMATS: dict[str, dict[str, Any]] = {
+    "int": {},
+    "fp8": {"bits": 8, "group_size": -1, "symmetric": True},
+    "fp8-block": {"bits": 8, "group_size": 128, "symmetric": True},
+    "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True},
+    "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True},
+}
+# What a server does with a layer's input → the formats of its weight that it goes with.
+ACTIVATIONS = {
+    "none": tuple(FORMATS),
+    "int8": ("int",),
+    "fp8": ("fp8", "fp8-block"),
+    "fp8-static": ("fp8",),
+}
+
+
 @dataclass(frozen=True)
 class Quantize:
     """bits: 2 to 8.  group_size: columns that share a step, -1 a row, 0 the tensor.  symmetric: no zero point.
 
-    activations: "int8" has the server quantize the layer's input token by token (8 bits, one step a row).
+    activations: "int8" has the server quantize the layer's input token by token (8 bits, one step a row); "fp8" so to
+    floats; "fp8-static" by one step, found by calibration.  format: integers, or floats of 8 or 4 bits (see
+    `formats.floats`), which `with_format` gives their bits and groups.
     observer: what the range of a group is: minmax, percentile, mse, histogram; None is the method's own.
     options: of the method alone, by name.
     """
@@ -52,24 +71,52 @@ class Quantize:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "fp8", "fp8-static"] = "none"
     observer: str | None = None
+    format: str = "int"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_options(self.options)
+        if self.format not in FORMATS:
+            raise BadRecipe(f"format={self.format!r}: {nearest(str(self.format), FORMATS)}")
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise BadRecipe(f"bits={self.bits!r}: no format has that many; give 2 to 8")
         if type(self.group_size) is not int or self.group_size < -1:
             raise BadRecipe(f"group_size={self.group_size!r}: give columns per step, -1 (a row) or 0 (the tensor)")
         if type(self.symmetric) is not bool:
             raise BadRecipe(f"symmetric={self.symmetric!r}: give true or false")
-        if self.activations not in ("none", "int8"):
-            raise BadRecipe(f"activations={self.activations!r}: {nearest(str(self.activations), ('none', 'int8'))}")
+        if self.activations not in ACTIVATIONS:
+            raise BadRecipe(f"activations={self.activations!r}: {nearest(str(self.activations), ACTIVATIONS)}")
+        if self.format not in ACTIVATIONS[self.activations]:
+            formats = " or ".join(ACTIVATIONS[self.activations])
+            raise BadRecipe(f"activations={self.activations} goes with format {formats}, not with {self.format}")
+        if self.format != "int":
+            self._check_floats()
+            return
         if self.activations == "int8" and not (self.bits == 8 and self.group_size in (-1, 0) and self.symmetric):
             raise BadRecipe("activations=int8 needs weights of 8 bits, symmetric, with group_size -1 or 0")
         if self.group_size == 0 and self.activations == "none":
             raise BadRecipe("group_size=0 (one step a tensor) is only stored with activations=int8; give -1 or more")
+
+    def _check_floats(self) -> None:
+        right = FORMATS[self.format]
+        for name, value in right.items():
+            if getattr(self, name) != value and not (name == "group_size" and self.format == "fp8"):
+                raise BadRecipe(f"{name}={getattr(self, name)!r}: format={self.format} has {value}; leave {name} out")
+        if self.format == "fp8" and self.group_size > 0:
+            raise BadRecipe(f"group_size={self.group_size}: fp8 has a step a row (-1) or one for the tensor (0)")
+
+    @property
+    def needs_reach(self) -> bool:
+        """Is there a step that the largest number of the whole tensor decides, and not of a row or a group?"""
+        return self.format == "nvfp4" or (self.format == "fp8" and self.group_size == 0)
+
+
+def with_format(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `Quantize`, with the bits and groups that their format has where they say none."""
+    name = settings.get("format")
+    return {**(FORMATS.get(name, {}) if isinstance(name, str) else {}), **settings}
 
 
 @dataclass(frozen=True)
@@ -291,7 +338,7 @@ def _settings(kind: type[Settings], value: Any, where: str) -> Settings | None:
         return None
     _known(value, [field.name for field in fields(kind)], where)
     try:
-        return kind(**value)
+        return kind(**(with_format(value) if kind is Quantize else value))
     except BadRecipe as error:
         raise BadRecipe(f"{where}: {error}") from None
 

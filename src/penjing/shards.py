@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from .checkpoint import storage
+from .checkpoint.floats import input_step
 from .checkpoint.plan import Plan, Shard, scale_dtype
 from .checkpoint.safetensors import Chunks, Tensor
 from .checkpoint.storage import Weight
-from .formats.affine import AffineTensor
+from .formats import floats
+from .formats.floats import FloatTensor
 from .methods import apply
+from .methods.apply import Solution
 from .methods.statistics import Statistics
 from .recipe import Rule
 
 if TYPE_CHECKING:
     from .calibrate import Calibrator, Tick
 
-Solution = NDArray[Any] | AffineTensor
+# Reads a module's weight, or some of its rows: (name of the tensor, rows)
+Read = Callable[[str, slice], NDArray[Any]]
 
 
 @dataclass
@@ -40,11 +45,13 @@ class Contents:
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
     recovered: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, plan: Plan, module: str, whole: Solution) -> None:
+    def add(self, plan: Plan, module: str, whole: Solution, largest_input: float | None = None) -> None:
         rule = plan.rules[module]
         if rule.prune is not None:
             self.zeros[module] = storage.count_zeros(whole)
         stored = storage.encode(whole, rule.quantize, sparse=plan.is_sparse(module))
+        if largest_input is not None:
+            stored |= input_step(largest_input, plan.weight(module).step_dtype)
         self.tensors |= {f"{module}.{part}": array for part, array in stored.items()}
 
 
@@ -79,21 +86,23 @@ def _calibrated(
     from .calibrate import compress_block
 
     def solve(rule: Rule, module: str, weight: NDArray[Any], statistics: Statistics) -> Solution:
-        return _solve(plan, rule, module, weight, statistics)
+        reach = _reach(plan, module, lambda name, rows: opened.get(name)[rows])
+        return _solve(plan, rule, module, weight, statistics, reach)
 
     if calibrator.teacher is not None:
         calibrator.teacher.go_through(calibrator.order.index(block), calibrator.tokens)
 
     def recovery(solutions: Mapping[str, Solution]) -> dict[str, Solution]:
         assert calibrator.teacher is not None
-        found, contents.recovered[block] = calibrator.teacher.recover(opened, solutions)
+        integers = {module: each for module, each in solutions.items() if not isinstance(each, FloatTensor)}
+        found, contents.recovered[block] = calibrator.teacher.recover(opened, integers)
         opened.changed |= {name for name in found if name.removesuffix(".weight") not in plan.rules}
         return {name.removesuffix(".weight"): solved for name, solved in found.items() if name not in opened.changed}
 
     with calibrator.open(block, tick) as opened:
         asked = recovery if calibrator.teacher is not None else None
         for module, whole, verdict in compress_block(opened, modules, plan.rules, solve, asked):
-            contents.add(plan, module, whole)
+            contents.add(plan, module, whole, verdict.get("largest_input"))
             if clipped := verdict.pop("clipped", 0.0):
                 contents.clipped[module] = clipped
             contents.verdicts[module] = verdict | {"checksum": storage.checksum(whole)}
@@ -111,10 +120,14 @@ def _solved_plainly(plan: Plan, modules: Iterable[str]) -> Iterator[tuple[str, S
     """
     pieces = [(module, rows) for module in modules for rows in row_ranges(plan, module)]
 
+    @functools.cache
+    def reach(module: str) -> float | None:
+        return _reach(plan, module, plan.checkpoint.read)
+
     def solved() -> Iterator[tuple[str, Solution, float]]:
         for (module, _), weight in _read_ahead(plan, pieces):
             rule = _without_data(plan, module)
-            part = _solve(plan, rule, module, weight, Statistics())
+            part = _solve(plan, rule, module, weight, Statistics(), reach(module))
             yield module, part, len(weight) * apply.clipped(weight, part, 64) if apply.clips(rule) else 0.0
 
     for module, group in itertools.groupby(solved(), key=lambda item: item[0]):
@@ -146,17 +159,29 @@ def _copy(plan: Plan, name: str) -> Chunks:
     return Chunks(info.dtype, info.shape, (plan.checkpoint.read(name, rows) for rows in ranges))
 
 
-def _solve(plan: Plan, rule: Rule, module: str, rows: NDArray[Any], statistics: Statistics) -> Solution:
+def _solve(
+    plan: Plan, rule: Rule, module: str, rows: NDArray[Any], statistics: Statistics, reach: float | None
+) -> Solution:
     """What a rule makes of a module's weight, or of some rows of it."""
-    seed = zlib.crc32(module.encode(), plan.recipe.seed & 0xFFFFFFFF)
-    return apply.solve(rule, rows, statistics, scale_dtype=scale_dtype(plan.weight(module)), seed=seed)
+    seed, dtype = zlib.crc32(module.encode(), plan.recipe.seed & 0xFFFFFFFF), scale_dtype(plan.weight(module))
+    return apply.solve(rule, rows, statistics, scale_dtype=dtype, seed=seed, reach=reach)
+
+
+def _reach(plan: Plan, module: str, read: Read) -> float | None:
+    """The largest weight of all that share a module's step for the tensor; None where it has no such step."""
+    quantize = plan.rules[module].quantize
+    if quantize is None or not quantize.needs_reach:
+        return None
+    pieces = [(f"{each}.weight", rows) for each in plan.fused(module) for rows in plan.row_ranges(plan.weight(each))]
+    return max(floats.largest(read(name, rows)) for name, rows in pieces)
 
 
 def solved_again(plan: Plan, module: str) -> Iterator[tuple[slice, Weight]]:
     """What a module's rows were solved to without data, computed from the original once more."""
+    reach = _reach(plan, module, plan.checkpoint.read)
     for rows in row_ranges(plan, module):
         weight = plan.checkpoint.read(f"{module}.weight", rows)
-        yield rows, _solve(plan, plan.rules[module], module, weight, Statistics())
+        yield rows, _solve(plan, plan.rules[module], module, weight, Statistics(), reach)
 
 
 def row_ranges(plan: Plan, module: str) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from . import models
 from .checkpoint import Checkpoint, Weight, storage
 from .errors import PenjingError, Unsupported
 from .formats.affine import AffineTensor
+from .formats.floats import FloatGrid
 from .kernels import matrix_from, reference
 from .models.config import Attention, ModelConfig
 from .models.reference import Array, Parts, Reference, read_block, run_block
@@ -121,8 +122,14 @@ def _check_module(source: Checkpoint, saved: Checkpoint, module: str, rule: Rule
     if "weight_scale" not in parts:
         raise PenjingError(f"{where} is not quantized")
     grid = saved.scheme(module).grid
+    kind = grid.kind if isinstance(grid, FloatGrid) else "int"
+    if kind != rule.quantize.format:
+        raise PenjingError(f"{where} is {kind} in config.json, the recipe says {rule.quantize.format}")
     if (grid.bits, grid.symmetric) != (rule.quantize.bits, rule.quantize.symmetric):
         raise PenjingError(f"{where} is {grid.bits} bits in config.json, the recipe says {rule.quantize.bits}")
+    if kind != "int":
+        saved.weight(module)  # which refuses steps that are no numbers, and tensors of another shape
+        return
     scale = saved.read(f"{module}.weight_scale").astype(np.float32)
     rows = source.infos[f"{module}.weight"].shape[0]
     if not np.isfinite(scale).all() or (scale <= 0).any() or scale.shape[0] not in (1, rows):

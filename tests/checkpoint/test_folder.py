@@ -253,7 +253,8 @@ def test_other_quantizations_are_refused_by_name(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     for change, message in [
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; Penjing reads compressed-tensors, gptq and awq"),
-        ({"format": "nvfp4-pack-quantized"}, "nvfp4"),
+        ({"format": "mxfp8-quantized"}, "mxfp8"),
+        ({"format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized of type 'int'"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": {**GROUP, "type": "float"}}}}, "'float'"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": {**GROUP, "strategy": "block"}}}}, "'block'"),
     ]:

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.affine import AffineTensor
 from ..methods import apply
+from ..methods.apply import Solution
 from ..methods.statistics import Statistics
 from ..recipe import Rule
 from .stream import OpenBlock
 
-Solution = NDArray[Any] | AffineTensor
 Verdict = dict[str, Any]
 # How a weight is solved by a rule: (rule, module, weight, statistics) → the solution
 Solve = Callable[[Rule, str, NDArray[Any], Statistics], Solution]
@@ -33,7 +32,8 @@ def compress_block(
 
     A verdict has ``loss`` and ``plain_loss`` where a hessian or norms of the input were collected (see `apply.judge`),
     ``kept_plain`` where the solution was worse than rounding, which stands in its place, ``uncalibrated`` where no
-    input was seen, and ``clipped``, the share of weights that its steps do not reach.
+    input was seen, and ``clipped``, the share of weights that its steps do not reach; ``largest_input`` where a rule
+    wants a step for the input.
     """
     done: dict[str, Solution] = {}
     verdicts: dict[str, Verdict] = {}
@@ -43,6 +43,8 @@ def compress_block(
             solved, verdict = _best(rules[module], module, weight, statistics, solve)
             if module in block.plain_losses:  # of the weight as it was before its transform
                 verdict["plain_loss"] = block.plain_losses[module]
+            if apply.static_inputs(rules[module]):
+                verdict["largest_input"] = float(statistics["absmax"].max())
             done[module] = solved
             verdicts[module] = _with_clipped(verdict, rules[module], weight, solved)
     for module in modules:

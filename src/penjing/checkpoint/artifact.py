@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..recipe import Quantize
+from . import floats
 from .atomic import replacing, sync_folder, write_json
 from .folder import CONFIG, INDEX, Checkpoint, module_of
 from .plan import Plan
@@ -40,7 +41,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(settings) == 1 else modules,
             "weights": _weights(quantize),
-            "input_activations": _ACTIVATIONS if quantize.activations == "int8" else None,
+            "input_activations": _ACTIVATIONS if quantize.activations == "int8" else floats.inputs_config(quantize),
             "output_activations": None,
             "format": layout(quantize),
         }
@@ -71,6 +72,8 @@ _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "to
 
 
 def _weights(quantize: Quantize) -> dict[str, Any]:
+    if quantize.format != "int":
+        return floats.weights_config(quantize)
     strategy = {-1: "channel", 0: "tensor"}.get(quantize.group_size, "group")
     return {
         "num_bits": quantize.bits,

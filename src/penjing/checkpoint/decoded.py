@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadCheckpoint
-from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
+from ..formats.floats import FloatGrid
 from .folder import Checkpoint, is_part, module_of
-from .storage import SCALE_NAMES, Weight
+from .storage import SCALE_NAMES, Quantized, Weight
 from .tensors import DecodedInfo, TensorInfo
 
 _STEPS = ("weight_scale", "scales", "weight.compressed")
@@ -42,6 +42,9 @@ class Decoded(Checkpoint):
         shape, parts = self._whole.weight_shape(module), self._whole.parts(module)
         found = {part: self._whole.infos[f"{module}.{part}"] for part in parts}
         step = next((found[part].dtype for part in _STEPS if part in found), None)
+        if step is not None and f"{module}.weight_scale" in self._whole.infos:
+            grid = self._whole.scheme(module).grid
+            step = grid.dtype if isinstance(grid, FloatGrid) and grid.bits == 4 else step
         if step is None or step not in SCALE_NAMES:
             raise BadCheckpoint(f"{self.path}: {module}: weight_scale is missing, or is {step} and no float")
         first, size = min(part.start for part in found.values()), sum(part.nbytes for part in found.values())
@@ -72,4 +75,4 @@ class Decoded(Checkpoint):
 def _rows(weight: Weight, rows: slice) -> NDArray[Any]:
     if isinstance(weight, BitmaskTensor):
         weight = weight.decode()
-    return weight.rows(rows).decode() if isinstance(weight, AffineTensor) else weight[rows]
+    return weight.rows(rows).decode() if isinstance(weight, Quantized) else weight[rows]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInput
+from ..formats.floats import FloatGrid
 from .atomic import read_json
 from .blocks import order_blocks
 from .folder import Checkpoint, is_part, module_of, open_checkpoint
@@ -90,7 +91,7 @@ def describe(path: str | Path) -> Summary:
         bits_per_weight=8 * stored / max(parameters, 1),
         sparsity=sparsity_of(checkpoint),
         format=format_of(checkpoint),
-        activations="int8" if any(scheme.activations == "int8" for scheme in checkpoint.schemes) else "float",
+        activations=", ".join(sorted({scheme.activations for scheme in checkpoint.schemes})) or "float",
         files=len(checkpoint.weight_files),
         roles=dict(sorted(roles.items())),
     )
@@ -135,7 +136,8 @@ def format_of(checkpoint: Checkpoint) -> str:
         if f"{module}.weight_scale" in checkpoint.infos or f"{module}.qweight" in checkpoint.infos:
             grid = checkpoint.scheme(module).grid
             step = {-1: "channel", 0: "tensor"}.get(grid.group_size, f"g{grid.group_size}")
-            words += [f"int{grid.bits} {step}", *([] if grid.symmetric else ["asymmetric"])]
+            kind = grid.kind if isinstance(grid, FloatGrid) else f"int{grid.bits}"
+            words += [f"{kind} {step}", *([] if grid.symmetric else ["asymmetric"])]
             words += [checkpoint.scheme(module).format] if f"{module}.qweight" in checkpoint.infos else []
         else:
             words.append(str(checkpoint.infos[f"{module}.weight.compressed"].dtype))

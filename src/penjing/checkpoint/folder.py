@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import BadCheckpoint, Unsupported
-from . import qweight, storage
+from . import floats, qweight, storage
 from .atomic import read_json
 from .pickled import PickledFile, StridedInfo
 from .safetensors import SafetensorsFile
@@ -36,6 +36,8 @@ _PART_NAMES = (
     "weight.bitmask",
     "weight.row_offsets",
     "weight.shape",
+    floats.DIVISOR,
+    floats.INPUT_SCALE,
     *qweight.PARTS,
 )
 
@@ -110,7 +112,7 @@ class Checkpoint:
         return weight if isinstance(weight, np.ndarray) else weight.decode()
 
     def weight(self, module: str) -> Weight:
-        """A module's weight as it is stored: an array, an AffineTensor or a BitmaskTensor."""
+        """A module's weight as it is stored: an array, an AffineTensor, a FloatTensor or a BitmaskTensor."""
         if not self.is_compressed(module):
             return self.read(f"{module}.weight")
         parts = {part: self.read(f"{module}.{part}") for part in self.parts(module)}
@@ -147,8 +149,12 @@ class Checkpoint:
         return self.scheme(module) if stepped else None
 
     def activations(self, module: str) -> Literal["float", "int8"]:
-        """What the module multiplies its weight with: its input as it is, or quantized to int8 token by token."""
-        return self.scheme(module).activations if f"{module}.weight_scale" in self.infos else "float"
+        """What the module multiplies its weight with: its input as it is, or quantized to int8 token by token.
+
+        Inputs that other programs round to FP8 stay as they are.
+        """
+        stepped = f"{module}.weight_scale" in self.infos
+        return "int8" if stepped and self.scheme(module).activations == "int8" else "float"
 
     def is_compressed(self, module: str) -> bool:
         return any(f"{module}.{part}" in self.infos for part in _PART_NAMES)
@@ -164,6 +170,9 @@ class Checkpoint:
                 return tuple(int(size) for size in self.read(f"{module}.{part}").reshape(-1))
         if f"{module}.weight" in self.infos:
             return self.infos[f"{module}.weight"].shape
+        infos = {part: self.infos[f"{module}.{part}"] for part in self.parts(module)}
+        if (packed := floats.shape_of(infos)) is not None:
+            return packed
         for part in ("qweight", "scales"):
             if f"{module}.{part}" not in self.infos:
                 raise BadCheckpoint(f"{self.path}: {module}: weight_shape, or qweight and scales, are missing")

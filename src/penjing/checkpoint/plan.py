@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import BadCheckpoint, BadRecipe, Unsupported
 from ..formats import packed
 from ..recipe import Recipe, Rule
+from . import floats
 from .blocks import Block, order_blocks
 from .folder import SINGLE, Checkpoint
 from .storage import SCALE_NAMES
@@ -22,6 +23,14 @@ from .tensors import TensorInfo
 
 # Families whose weights are stored (in, out): grids and groups run along the other axis.
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# What vLLM puts into one matrix each, with the largest of their steps for the tensor: they are to be the same.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+)
 CHUNK_BYTES = 32 << 20
 # numpy, the interpreter's heap, the header and small tensors.
 SLACK_BYTES = 64 << 20
@@ -59,6 +68,14 @@ class Plan:
     def weight(self, module: str) -> TensorInfo:
         return self.checkpoint.infos[f"{module}.weight"]
 
+    def fused(self, module: str) -> list[str]:
+        """The modules that servers multiply as one with this, and that share the step of a whole tensor with it."""
+        parent, _, name = module.rpartition(".")
+        siblings = next((names for names in FUSED if name in names), (name,))
+        near = (f"{parent}.{each}" if parent else each for each in siblings)
+        rule = self.rules[module]
+        return [each for each in near if each in self.rules and self.rules[each].quantize == rule.quantize]
+
     def is_sparse(self, module: str) -> bool:
         """Is the module stored as bitmask and non-zeros?"""
         return self.bitmask and self.rules[module].prune is not None
@@ -89,6 +106,8 @@ class Plan:
             sparse = rows * -(-columns // 8) + rows * 8 + 16
         if rule.quantize is None:
             return kept * info.dtype.itemsize + sparse
+        if rule.quantize.format != "int":
+            return floats.nbytes(rule.quantize, (rows, columns), info.step_dtype.itemsize)
         bits = rule.quantize.bits
         codes = rows * packed.words(columns, bits) * 4 if not sparse else packed.words(kept, bits) * 4
         groups = 1 if rule.quantize.group_size <= 0 else columns // rule.quantize.group_size
@@ -134,6 +153,8 @@ def make_plan(
         _check_fit(checkpoint, module, rule)
     if bitmask and not any(rule.prune for rule in rules.values()):
         raise BadRecipe("sparse-storage=bitmask: the recipe prunes nothing; leave the option out or give a sparsity")
+    if bitmask and any(rule.quantize and rule.quantize.format != "int" for rule in rules.values()):
+        raise BadRecipe("sparse-storage=bitmask: it holds integers or plain weights; leave it out, or format")
     return Plan(checkpoint, recipe, rules, _shards(checkpoint, rules, shard_bytes), bitmask, chunk_bytes)
 
 
@@ -146,6 +167,11 @@ def _check_fit(checkpoint: Checkpoint, module: str, rule: Rule) -> None:
         raise BadCheckpoint(f"{where} is empty: shape {info.shape}")
     columns = info.shape[1]
     if rule.quantize is not None and rule.quantize.group_size > 0 and columns % rule.quantize.group_size:
+        if rule.quantize.format != "int":
+            raise BadRecipe(
+                f"format={rule.quantize.format} has blocks of {rule.quantize.group_size} columns, which do not divide"
+                f" {info.name}, shape {info.shape}; take fp8, or a rule of its own for it"
+            )
         raise BadRecipe(
             f"group_size={rule.quantize.group_size} does not divide {info.name}, shape {info.shape};"
             f" these do: {_divisors(columns)} (-1 is a step for a whole row)"

@@ -3,12 +3,13 @@
     pack-quantized   X.weight_packed int32 (out, words) · X.weight_scale (out, groups) · X.weight_shape int64 (2,)
                      · X.weight_zero_point int32 (words of out, groups): packed along the rows, unlike the codes
     int-quantized    X.weight int8 (out, in) · X.weight_scale (out, 1) · X.weight_zero_point int8 (out, 1)
+    floats of 8 or 4 bits: see `floats`
     bitmask          X.weight.compressed · X.weight.bitmask uint8 · X.weight.row_offsets int64 · X.weight.shape int64
                      in place of X.weight or X.weight_packed; compressed holds what is not zero, row by row: floats, or
                      codes packed into int32 words
 
-The first two are read by vLLM and transformers; the bitmask by Penjing alone. What GPTQ's and AWQ's own tools write is
-read too (`qweight`).
+All but the last are read by vLLM and transformers; the bitmask by Penjing alone. What GPTQ's and AWQ's own tools write
+is read too (`qweight`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from ..errors import BadCheckpoint, Unsupported
 from ..formats import bitmask, packed
 from ..formats.affine import PER_CHANNEL, PER_TENSOR, SCALE_DTYPES, AffineTensor, Grid, spread
 from ..formats.bitmask import BitmaskTensor
+from ..formats.floats import FloatGrid, FloatTensor
 from ..recipe import Quantize
-from . import qweight
+from . import floats, qweight
 from .tensors import TensorInfo
 
 Array = NDArray[Any]
-Weight = NDArray[Any] | AffineTensor | BitmaskTensor
+Quantized = AffineTensor | FloatTensor
+Weight = NDArray[Any] | Quantized | BitmaskTensor
 SHAPES = ("weight_shape", "weight.shape")  # that say what packed words do not
 PACKED, INT = "pack-quantized", "int-quantized"
 SCALE_NAMES = {np.dtype(dtype): name for name, dtype in SCALE_DTYPES.items()}
@@ -43,11 +46,12 @@ SCALE_NAMES = {np.dtype(dtype): name for name, dtype in SCALE_DTYPES.items()}
 class Scheme:
     """A group of ``quantization_config``: how the weights of the modules that it targets are stored.
 
-    activations: "int8" when a module quantizes what it is given, token by token.
+    activations: "int8" when a module quantizes what it is given, token by token; "fp8", "fp8-static" where other
+    programs are to do so, which Penjing leaves undone.
     """
 
-    grid: Grid
-    activations: Literal["float", "int8"]
+    grid: Grid | FloatGrid
+    activations: Literal["float", "int8", "fp8", "fp8-static"]
     format: str
     targets: tuple[str, ...]
 
@@ -85,9 +89,10 @@ def read_schemes(config: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
         if not isinstance(weights, dict):
             raise Unsupported(f"{here}: weights are not quantized; Penjing reads int weights of 2 to 8 bits")
         layout = group.get("format") or config.get("format")
-        if layout not in (PACKED, INT):
-            raise Unsupported(f"{here}: format {layout!r}; Penjing reads {PACKED} and {INT}")
-        schemes.append(Scheme(_grid(weights, here), _activations(inputs, here), layout, _targets(group, here)))
+        if layout not in (PACKED, INT, *floats.FORMATS):
+            raise Unsupported(f"{here}: format {layout!r}; Penjing reads {', '.join((PACKED, INT, *floats.FORMATS))}")
+        known = _grid(weights, here) if layout in (PACKED, INT) else floats.read_grid(weights, layout, here)
+        schemes.append(Scheme(known, _activations(inputs, known, here), layout, _targets(group, here)))
     return tuple(schemes)
 
 
@@ -113,11 +118,15 @@ def _grid(weights: Mapping[str, Any], where: str) -> Grid:
     return Grid(weights.get("num_bits", 8), size, bool(weights.get("symmetric", True)))
 
 
-def _activations(inputs: Any, where: str) -> Literal["float", "int8"]:
+def _activations(inputs: Any, grid: Grid | FloatGrid, where: str) -> Any:
     if inputs is None:
         return "float"
     if not isinstance(inputs, Mapping):
         raise BadCheckpoint(f"{where}: input_activations = {inputs!r:.60}, expected an object or null")
+    if isinstance(grid, FloatGrid):
+        if grid.bits == 8 and (known := floats.read_inputs(inputs)) is not None:
+            return known
+        raise Unsupported(f"{where}: input_activations other than FP8 beside weights of FP8")
     integer = inputs.get("num_bits") == 8 and inputs.get("type", "int") == "int"
     by_token = inputs.get("dynamic") is True and inputs.get("strategy") in ("token", None)
     if integer and by_token and inputs.get("symmetric", True):
@@ -141,7 +150,11 @@ def check(
         raise BadCheckpoint(f"{where}.weight has shape {found}; a compressed weight is a matrix")
     if packed_by_others is not None:
         return found[0], found[1]
+    if scheme is not None and isinstance(scheme.grid, FloatGrid):
+        _check_floats(parts, scheme.grid, (found[0], found[1]), where)
+        return found[0], found[1]
     if scheme is not None:
+        assert isinstance(scheme.grid, Grid)
         _check_steps(parts, scheme.grid, found, where)
     if "weight.compressed" in parts:
         _expect(parts, "weight.bitmask", [np.uint8], (found[0], -(-found[1] // 8)), where)
@@ -155,6 +168,12 @@ def check(
     else:
         _expect(parts, "weight", [np.int8], found, where)
     return found
+
+
+def _check_floats(parts: Mapping[str, Array | TensorInfo], grid: FloatGrid, shape: tuple[int, int], where: str) -> None:
+    if grid.group_size > 0 and shape[1] % grid.group_size:
+        raise BadCheckpoint(f"{where}.weight has {shape[1]} columns, its scheme blocks of {grid.group_size}")
+    floats.check(parts, grid, shape, lambda part, dtypes, right: _expect(parts, part, dtypes, right, where))
 
 
 def _check_steps(parts: Mapping[str, Array | TensorInfo], grid: Grid, shape: tuple[int, int], where: str) -> None:
@@ -201,6 +220,8 @@ def decode(parts: Mapping[str, Array], scheme: Scheme | None, where: str) -> Wei
         return qweight.decode(parts, scheme.format, where)
     if scheme is None:
         return _sparse_floats(parts, shape, where)
+    if isinstance(scheme.grid, FloatGrid):
+        return floats.decode(parts, scheme.grid, shape, where)
     raw = parts["weight_scale"]
     grid = dataclasses.replace(scheme.grid, scale_dtype=SCALE_NAMES[raw.dtype])
     scale = np.ascontiguousarray(raw.astype(np.float32)).reshape(1 if grid.group_size == PER_TENSOR else shape[0], -1)
@@ -215,7 +236,9 @@ def _zero_point(raw: Array, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.in
 
 
 def layout(quantize: Quantize) -> str:
-    """The compressed-tensors format for these settings: its readers want W8A8 unpacked and the rest packed."""
+    """The compressed-tensors format for these settings: its readers want W8A8 unpacked and other integers packed."""
+    if quantize.format != "int":
+        return floats.LAYOUTS[quantize.format]
     return INT if quantize.activations == "int8" else PACKED
 
 
@@ -224,6 +247,8 @@ def encode(weight: Weight, quantize: Quantize | None, *, sparse: bool) -> dict[s
     if isinstance(weight, AffineTensor):
         as_int = quantize is not None and layout(quantize) == INT and not sparse
         return {"weight": weight.codes} | steps(weight) if as_int else encode_packed(weight, sparse=sparse)
+    if isinstance(weight, FloatTensor):
+        return floats.encode(weight)
     if isinstance(weight, BitmaskTensor):
         return _sparse_parts(weight, lambda values: values)
     return encode_sparse(weight) if sparse else {"weight": weight}
@@ -233,6 +258,8 @@ def dense(weight: Weight, format: str | None) -> dict[str, Array]:
     """A weight → the tensors of a format that others read, named without "X."; None for a weight that has no steps."""
     if isinstance(weight, AffineTensor):
         return {"weight": weight.codes} | steps(weight) if format == INT else encode_packed(weight)
+    if isinstance(weight, FloatTensor):
+        return floats.encode(weight)
     return {"weight": weight.decode() if isinstance(weight, BitmaskTensor) else weight}
 
 
@@ -240,6 +267,8 @@ def checksum(weight: Weight) -> int:
     """A CRC-32 of a weight's numbers (codes, steps and zero points, or floats), however they are stored."""
     if isinstance(weight, AffineTensor):
         parts: tuple[Array | None, ...] = (weight.codes, weight.scale.astype(np.float32), weight.zero_point)
+    elif isinstance(weight, FloatTensor):
+        parts = (weight.codes, weight.scale, np.array([weight.divisor]))
     else:
         parts = (weight.decode() if isinstance(weight, BitmaskTensor) else weight,)
     found = 0
@@ -257,6 +286,8 @@ def count_zeros(weight: Weight) -> int:
         if weight.zero_point is not None:
             return int(np.count_nonzero(weight.codes == spread(weight.zero_point, weight.shape)))
         return weight.codes.size - int(np.count_nonzero(weight.codes))
+    if isinstance(weight, FloatTensor):
+        return weight.zeros()
     return weight.size - int(np.count_nonzero(weight))
 
 
@@ -264,6 +295,8 @@ def _shape(parts: Mapping[str, Array | TensorInfo], where: str) -> tuple[int, ..
     for name in SHAPES:
         if isinstance(stored := parts.get(name), np.ndarray):
             return tuple(int(size) for size in stored.reshape(-1))
+    if (packed_floats := floats.shape_of(parts)) is not None:
+        return packed_floats
     if "weight" not in parts:
         raise BadCheckpoint(f"{where}.weight_shape is missing; there are only {', '.join(sorted(parts))}")
     return parts["weight"].shape

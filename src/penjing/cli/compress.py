@@ -10,7 +10,7 @@ import typer
 
 from ..methods import JOINT, PRUNERS, QUANTIZERS, TRANSFORMS
 from ..presets import PRESETS
-from ..recipe import BUDGETS
+from ..recipe import ACTIVATIONS, BUDGETS, FORMATS
 
 
 def compress(
@@ -21,10 +21,11 @@ def compress(
         help=f"A file (YAML, JSON) or a preset: {', '.join(PRESETS[:8])}, int4-sparse50, draft … With text: balanced.",
     ),
     method: str | None = typer.Option(None, help=f"Quantization method: {', '.join(QUANTIZERS)}."),
+    format: str | None = typer.Option(None, help=f"Numbers that weights become: {', '.join(FORMATS)}; int."),
     bits: int | None = typer.Option(None, help="Bits of a weight, 2 to 8."),
     group_size: int | None = typer.Option(None, help="Columns that share a step; -1: one step a row."),
     symmetric: bool | None = typer.Option(None, "--symmetric/--asymmetric", help="Without or with zero points."),
-    activations: str | None = typer.Option(None, help="none, or int8: W8A8, the server quantizes inputs by token."),
+    activations: str | None = typer.Option(None, help=f"What the server makes of inputs: {', '.join(ACTIVATIONS)}."),
     observer: str | None = typer.Option(
         None, help="Range of a group: minmax, percentile, mse, histogram; with a hessian importance."
     ),
@@ -111,6 +112,7 @@ def compress(
             progress=progress,
             announce=lambda text: print(text, file=sys.stderr),
             method=method or ("joint" if joint else None),
+            format=format,
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,

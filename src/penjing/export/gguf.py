@@ -20,7 +20,7 @@ from ..checkpoint.gguf import Written, write_gguf
 from ..checkpoint.gguf.names import EMBEDDING, FINAL_NORM, HEAD, NORMS, ROLES, Architecture
 from ..errors import Unsupported, nearest
 from ..formats.affine import AffineTensor
-from ..formats.bitmask import BitmaskTensor
+from ..formats.floats import FloatGrid
 from ..formats.ggml import KINDS, Kind, decode
 from ..formats.ggml_encode import ENCODED, encode, pack
 from ..formats.mxfp4 import Mxfp4Tensor
@@ -150,6 +150,8 @@ class _Writer:
         checkpoint, grid = self.checkpoint, None
         if f"{module}.weight_scale" in checkpoint.infos:
             grid = checkpoint.scheme(module).grid
+            if isinstance(grid, FloatGrid):
+                return "bf16"
         elif f"{module}.qweight" in checkpoint.infos:
             weight = checkpoint.weight(module)
             if not isinstance(weight, AffineTensor):  # of scattered groups
@@ -171,7 +173,7 @@ class _Writer:
         if isinstance(weight, AffineTensor):
             yield _turn(self._requantized(weight, kind), part.heads)
             return
-        plain = weight.decode() if isinstance(weight, BitmaskTensor | Mxfp4Tensor) else weight
+        plain = weight if isinstance(weight, np.ndarray) else weight.decode()
         plain = _turn(plain, part.heads)
         step = max(1, _ROWS_BYTES // (4 * plain.shape[1]))
         for low in range(0, len(plain), step):

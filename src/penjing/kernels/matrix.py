@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from .. import _native
 from ..errors import BadInput
+from ..formats import floats
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
+from ..formats.floats import FloatTensor
 from ..formats.mxfp4 import Mxfp4Tensor
 from ._bits import float_bits, is_bfloat16
 from .stream import bitmask_decode
@@ -55,14 +57,15 @@ class Matrix:
 
 
 def matrix_from(
-    weight: NDArray[Any] | AffineTensor | BitmaskTensor | Mxfp4Tensor,
+    weight: NDArray[Any] | AffineTensor | FloatTensor | BitmaskTensor | Mxfp4Tensor,
     *,
     activations: Literal["float", "int8", "int8-groups"] = "float",
     sparse: bool | None = None,
 ) -> Matrix:
     """A weight (out, in), put into the layout of its kernel.
 
-    weight: float32, float16 or bfloat16 array, an AffineTensor, a BitmaskTensor of floats, or an Mxfp4Tensor.
+    weight: float32, float16 or bfloat16 array, an AffineTensor, a FloatTensor (the numbers it stands for, unless it is
+    MXFP4 and inputs are quantized), a BitmaskTensor of floats, or an Mxfp4Tensor.
     activations: "float" keeps them. "int8" quantizes each row of x on the fly, symmetrically, with one step (8-bit
     weights with one step a row or a tensor). "int8-groups" does so with a step for up to 128 columns, on integer
     weights of any bits and groups; floats stay floats.  sparse: keep a bitmask and the non-zeros, expanded
@@ -74,6 +77,10 @@ def matrix_from(
         raise BadInput(f"activations={activations!r}: known: float, int8, int8-groups")
     if isinstance(weight, AffineTensor):
         return Matrix(_from_affine(weight, activations, sparse))
+    if isinstance(weight, FloatTensor):
+        if weight.grid.kind == "mxfp4" and activations == "int8-groups":
+            return Matrix(_native.matrix_from_mxfp4(floats.pack(weight.codes), floats.exponents(weight.scale)))
+        weight = weight.decode()
     if isinstance(weight, Mxfp4Tensor):
         if activations == "int8-groups":
             blocks = np.ascontiguousarray(weight.blocks).reshape(len(weight.blocks), -1)

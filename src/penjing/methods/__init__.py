@@ -4,7 +4,7 @@ A method is one file with a function of arrays and a frozen config; it knows no 
 
     a transform  solve(weights, statistics, config) → a scale (in,) for the input that they share; see `scaling`
     a pruner     solve(weight, statistics, config) → the weight (out, in) with zeros, same dtype
-    a quantizer  solve(weight, statistics, config) → AffineTensor
+    a quantizer  solve(weight, statistics, config) → AffineTensor, or FloatTensor
     a joint one  as a quantizer, with codes that decode to exactly 0 where it pruned
 
 They come in this order; a joint one stands for both the pruner and the quantizer of its rule.
@@ -13,7 +13,8 @@ weight: (out, in) float32, float16 or bfloat16.  statistics: what the calibratio
 `statistics`); the names in the module's ``NEEDS`` are there.  ``by_rows(config)`` says that rows do not depend on one
 another, so that a large matrix may be solved in parts. ``MEMORY`` is what `solve` takes at most beside what it is
 given: bytes for each weight, and for each of (in, in); a third number is for each of (in, in) while nothing is there
-yet for the weights. To add a method, write its file and put its name in one of
+yet for the weights. One that puts weights on floats as well as on integers (`formats.floats.FloatGrid`) has ``FLOATS``:
+bytes for each weight that this takes beside ``MEMORY``. To add a method, write its file and put its name in one of
 these tables. They need neither a method nor numpy, so that the program's help can name them all.
 """
 

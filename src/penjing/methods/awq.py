@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import kernels
 from ..formats.affine import Grid
-from . import linalg, options
+from ..formats.floats import FloatGrid
+from . import linalg, options, rtn
 from .scaling import Floats, check_readers, level
 from .statistics import Statistics, evenly
 
 NEEDS: tuple[str, ...] = ("absmean", "hessian")
+FLOATS = 0
 
 
 @dataclass(frozen=True)
 class Config:
     """grid: what the weights will be rounded to.  tries: values of α in [0, 1).  rows: tried of each weight."""
 
-    grid: Grid
+    grid: Grid | FloatGrid
     tries: int = 20
     rows: int = 512
 
@@ -51,11 +52,12 @@ def solve(weights: Sequence[NDArray[Any]], statistics: Statistics, config: Confi
     return best
 
 
-def error(weights: Sequence[NDArray[Any]], scale: Floats, hessian: NDArray[Any], grid: Grid) -> float:
+def error(weights: Sequence[NDArray[Any]], scale: Floats, hessian: NDArray[Any], grid: Grid | FloatGrid) -> float:
     """tr(E H Eᵀ) of all weights, when W · s is rounded to nearest and read with x / s."""
     total = 0.0
     for weight in weights:
         values = weight.astype(np.float32)
-        rounded = kernels.quantize(np.ascontiguousarray(values * scale), grid).decode() / scale
+        nearest = rtn.solve(np.ascontiguousarray(values * scale), Statistics(), rtn.Config(grid))
+        rounded = nearest.decode().astype(np.float32, copy=False) / scale
         total += float(linalg.losses(values - rounded, hessian).sum())
     return total

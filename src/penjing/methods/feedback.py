@@ -9,17 +9,18 @@ inside a block is `kernels.settle`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
-from ..kernels import Steps
 from .linalg import Factor
 
 Floats = NDArray[np.float32]
+# As `kernels.settle`, on integers, floats or neither: (base, coupling, reference, kept, steps) → codes, errors
+Settle = Callable[..., tuple[Any, Floats]]
 BLOCK = 128
 # Columns whose part of the errors outside of them is found at once: few rows multiply at a third of the speed.
 WIDE = 512
@@ -41,8 +42,8 @@ def blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
 class Forward:
     """weight: (in, out), columns in the factor's order; error = weight − what was settled, the same shape."""
 
-    def __init__(self, weight: Floats, factor: Factor) -> None:
-        self.weight, self.unit = weight, factor.unit
+    def __init__(self, weight: Floats, factor: Factor, settle: Settle = kernels.settle) -> None:
+        self.weight, self.unit, self._settle = weight, factor.unit, settle
         self.error = np.zeros_like(weight)
         self._low, self._moved = 0, weight[:0]
 
@@ -63,17 +64,20 @@ class Forward:
         _, error = kernels.settle(base, self.unit[at, at], self.weight[at])
         return self.weight[at] - error
 
-    def settle(self, start: int, block: Floats, kept: NDArray[np.bool_] | None, steps: Steps | None) -> Any:
+    def settle(self, start: int, block: Floats, kept: NDArray[np.bool_] | None, steps: Any) -> Any:
         """Decide on a block that `ahead` gave, column by column → centred codes int16 (n, out); None without steps."""
         at = slice(start, start + len(block))
-        codes, self.error[at] = kernels.settle(block, self.unit[at, at], self.weight[at], kept, steps)
+        codes, self.error[at] = self._settle(block, self.unit[at, at], self.weight[at], kept, steps)
         return codes
 
 
 class Descent:
     """On hessian + ridge · I (in, in), columns in their places.  weight, error: (in, out), the error as it is."""
 
-    def __init__(self, weight: Floats, error: Floats, hessian: Floats, ridge: float) -> None:
+    def __init__(
+        self, weight: Floats, error: Floats, hessian: Floats, ridge: float, settle: Settle = kernels.settle
+    ) -> None:
+        self._settle = settle
         self.weight, self.error, self.hessian, self.ridge = weight, error, hessian, np.float32(ridge)
         self._wide, self._last = slice(0, 0), 0
         self._others = error[:0]
@@ -114,7 +118,7 @@ class Descent:
         found += self.ridge * direction
         return found
 
-    def settle(self, start: int, slope: Floats, kept: NDArray[np.bool_] | None, steps: Steps | None) -> Any:
+    def settle(self, start: int, slope: Floats, kept: NDArray[np.bool_] | None, steps: Any) -> Any:
         """Decide again on the columns of a slope, one by one → centred codes int16 (n, out), or None without steps."""
         at = slice(start, start + len(slope))
         curve = (np.diagonal(self.hessian)[at] + self.ridge)[:, None]
@@ -122,6 +126,6 @@ class Descent:
         now = self.weight[at] - self.error[at]
         # where nothing comes in, the weight itself is best
         base = np.where(curve > 0, now + slope * share, self.weight[at])
-        codes, moved = kernels.settle(base, self.hessian[at, at] * share.T, now, kept, steps)
+        codes, moved = self._settle(base, self.hessian[at, at] * share.T, now, kept, steps)
         self.error[at] += moved
         return codes

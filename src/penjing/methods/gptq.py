@@ -3,7 +3,7 @@
 Frantar et al., 2022, "GPTQ" (arXiv 2210.17323), on the factor H = M D Mᵀ (see `linalg`), which gives the same codes as
 the paper's inverse of the hessian. Groups are static where the order of columns is not that of memory, so that columns
 stay in their places and any reader of the format can decode them. ``sweeps`` of coordinate descent follow (see
-`refine`).
+`refine`). Floats have static steps, and their codes alone move in the sweeps (see `floating`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.affine import AffineTensor, Grid
-from . import linalg, options
+from ..formats.floats import FloatGrid, FloatTensor
+from . import floating, linalg, options
 from .feedback import Forward, blocks, by_columns
 from .refine import refine
 from .rounding import Rounder, check_observer
@@ -23,25 +24,29 @@ from .statistics import Statistics
 
 NEEDS: tuple[str, ...] = ("hessian",)
 MEMORY = (26, 4, 12)
+FLOATS = 10
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Config:
-    """grid: the integers.  observer: the range of a group: "importance", or one of the observers.
+    """grid: the integers, or the floats.  observer: the range of a group: "importance", or one of the observers.
 
     damping: share of the mean diagonal added to the hessian's; ten, a hundred, a thousand times that where it must.
     act_order: columns with large inputs first.  sweeps: of coordinate descent afterwards; 0 is the paper's GPTQ.
     """
 
-    grid: Grid
+    grid: Grid | FloatGrid
     observer: str = "importance"
     damping: float = 0.01
     act_order: bool = True
     sweeps: int = 2
 
     def __post_init__(self) -> None:
-        check_observer(self.observer)
+        if isinstance(self.grid, FloatGrid):
+            floating.check_observer(self.observer)
+        else:
+            check_observer(self.observer)
         options.number("damping", self.damping, 0, 1)
         options.flag("act_order", self.act_order)
         options.whole("sweeps", self.sweeps, 0, 100)
@@ -51,9 +56,12 @@ def by_rows(config: Config) -> bool:
     return False  # rows do not depend on one another, but products of other shapes are summed in another order
 
 
-def solve(weight: NDArray[Any], statistics: Statistics, config: Config) -> AffineTensor:
+def solve(weight: NDArray[Any], statistics: Statistics, config: Config) -> AffineTensor | FloatTensor:
     """A weight (out, in) on the grid. BadInput for a group size that does not divide its columns, or a bad hessian."""
     out, columns = weight.shape
+    if isinstance(config.grid, FloatGrid):
+        factored = linalg.factor(statistics, columns, config.damping, config.act_order)
+        return floating.gptq(weight, statistics["hessian"], factored, config.grid, config.observer, config.sweeps)
     rounder = Rounder(config.grid, out, columns)
     factored = linalg.factor(statistics, columns, config.damping, config.act_order)
     hessian = statistics["hessian"]

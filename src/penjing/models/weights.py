@@ -15,6 +15,7 @@ from ..errors import BadCheckpoint
 from ..formats import mxfp4
 from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
+from ..formats.floats import FloatTensor
 from ..formats.mxfp4 import Mxfp4Tensor
 from ..kernels import Matrix, matrix_from
 from .cache import WeightCache
@@ -103,7 +104,7 @@ def locate(checkpoint: Checkpoint, prefix: str, linear: Linear) -> Source:
 
 
 def read_weight(checkpoint: Checkpoint, prefix: str, linear: Linear) -> Weight | Mxfp4Tensor:
-    """A block's weight (out, in) as it is stored: an array, integers with their steps, a bitmask, or MXFP4.
+    """A block's weight (out, in) as it is stored: an array, integers or floats with their steps, a bitmask, or MXFP4.
 
     prefix: what the block's names begin with, dot included.
     """
@@ -135,6 +136,8 @@ def rows_of(weight: Weight, source: Source) -> Weight:
         weight = weight.decode()
     if isinstance(weight, np.ndarray):
         return np.ascontiguousarray(weight[chosen])
+    if isinstance(weight, FloatTensor):
+        return weight.rows(chosen)
     apart = weight.scale.shape[0] == weight.shape[0]  # not one step for the whole matrix
     return AffineTensor(
         np.ascontiguousarray(weight.codes[chosen]),

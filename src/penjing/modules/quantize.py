@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput, PenjingError, nearest
 from ..formats import affine
-from ..formats.affine import PER_CHANNEL, PER_TENSOR, Grid
+from ..formats.affine import PER_CHANNEL, PER_TENSOR, AffineTensor, Grid
 from ..methods import rtn
 from ..methods.observers import observer as find_observer
 from ..methods.statistics import Statistics
@@ -159,6 +159,7 @@ class _Plan:
                 tensor = rtn.solve(matrix, Statistics(), rtn.Config(self.grid, self.observer))
             except BadInput as error:
                 raise BadInput(f"{target.name or 'the module'}.{name}: {error}; or ignore this layer") from None
+            assert isinstance(tensor, AffineTensor)  # which modules have grids of
             self._encoded[id(parameter)] = (parameter, buffers(tensor, parameter.shape))
         return self._encoded[id(parameter)][1]
 

@@ -17,6 +17,7 @@ import safetensors.numpy
 import torch
 
 from calibrate_models import make, text
+from penjing.calibrate import stream
 from penjing.checkpoint import open_checkpoint, write_safetensors
 from penjing.compress import compress
 from penjing.errors import BadInput, OutOfBudget, PenjingError
@@ -42,10 +43,18 @@ def run(work: Path, out: str, **changes: Any) -> Any:
     return compress(work / "model", work / out, **settings)
 
 
-def test_the_chain_is_that_of_a_whole_model_in_memory(work: Path) -> None:
-    """Layer inputs of the whole model with all blocks before already replaced, then GPTQ on them."""
+IN_TURN = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+IN_TURN += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_chain_is_that_of_a_whole_model_in_memory(held: bool, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer inputs of the whole model with all blocks before already replaced, then GPTQ on them; where all of the text
+    may be held in a block, with all layers of the block that come before replaced too."""
     import transformers
 
+    if not held:
+        monkeypatch.setattr(stream, "MOST_HELD", 0)
     run(work, "out")
     saved = open_checkpoint(work / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "model").float().eval()
@@ -53,25 +62,26 @@ def test_the_chain_is_that_of_a_whole_model_in_memory(work: Path) -> None:
     tokens = torch.tensor([int(word[1:]) for word in words[: 10 * 24]]).reshape(10, 24)
     rule = build(None, **GPTQ).rules[0]
     for number, layer in enumerate(model.model.layers):
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
-        collectors = {name: Collector(m.in_features, ("hessian",)) for name, m in linears.items()}
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args, c=collectors[n]: c.add(args[0].flatten(0, -2).numpy()))
-            for n, m in linears.items()
-        ]
-        with torch.no_grad():
-            model(input_ids=tokens)
-        for hook in hooks:
-            hook.remove()
-        for name, linear in linears.items():
-            weight = linear.weight.detach().numpy()
-            expected = apply.solve(rule, weight, collectors[name].statistics(), scale_dtype="float32", seed=0)
-            found = saved.weight(f"model.layers.{number}.{name}")
-            assert isinstance(found, AffineTensor)
-            assert isinstance(expected, AffineTensor)
-            assert (found.codes == expected.codes).mean() > 0.995  # sums in another order turn a code at times
-            # the next block sees what was saved, so that one turned code does not spread into this comparison
-            linear.weight.data = torch.from_numpy(found.decode())
+        for names in IN_TURN if held else [[name for some in IN_TURN for name in some]]:
+            linears = {name: layer.get_submodule(name) for name in names}
+            collectors = {name: Collector(m.in_features, ("hessian",)) for name, m in linears.items()}
+            hooks = [
+                m.register_forward_pre_hook(lambda _, args, c=collectors[n]: c.add(args[0].flatten(0, -2).numpy()))
+                for n, m in linears.items()
+            ]
+            with torch.no_grad():
+                model(input_ids=tokens)
+            for hook in hooks:
+                hook.remove()
+            for name, linear in linears.items():
+                weight = linear.weight.detach().numpy()
+                expected = apply.solve(rule, weight, collectors[name].statistics(), scale_dtype="float32", seed=0)
+                found = saved.weight(f"model.layers.{number}.{name}")
+                assert isinstance(found, AffineTensor)
+                assert isinstance(expected, AffineTensor)
+                assert (found.codes == expected.codes).mean() > 0.995  # sums in another order turn a code at times
+                # the next layers see what was saved, so that one turned code does not spread into this comparison
+                linear.weight.data = torch.from_numpy(found.decode())
 
 
 def test_what_is_reported_of_calibration(work: Path) -> None:
@@ -283,11 +293,18 @@ def test_a_limit_makes_batches_smaller(work: Path, monkeypatch: pytest.MonkeyPat
     make(work / "model", "llama", hidden_size=256, intermediate_size=1024)
     rows = {"samples": 40, "sequence_length": 64, "calibration": [work / "long.txt"], "bits": 4}
     (work / "long.txt").write_text(text(40 * 64))
-    said: list[str] = []
-    free = run(work, "out", **rows, announce=said.append)
-    batches = json.loads((work / "out" / "penjing.json").read_text())["identity"]["batch"]
-    run(work, "less", **rows, memory_limit=free.memory_bound_bytes - (72 << 20))
-    assert json.loads((work / "less" / "penjing.json").read_text())["identity"]["batch"] < batches == 2048 // 64
+
+    def ran(out: str, limit: int | None) -> Any:
+        result = run(work, out, **rows, memory_limit=limit)
+        return result, json.loads((work / out / "penjing.json").read_text())["identity"]
+
+    free, its = ran("free", None)
+    assert (its["in_turn"], its["batch"]) == (True, 2048 // 64)
+    _, its = ran("twice", free.memory_bound_bytes - (67 << 20))  # the text goes through each block twice instead
+    assert (its["in_turn"], its["batch"]) == (False, 2048 // 64)
+    _, its = ran("less", free.memory_bound_bytes - (100 << 20))
+    assert not its["in_turn"]
+    assert its["batch"] < 2048 // 64
 
 
 def program(out: Path, *more: str, method: str = "gptq") -> list[str]:

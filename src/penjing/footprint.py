@@ -47,20 +47,22 @@ def _size(size: int) -> str:
 def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[Plan, Calibrator | None, Footprint]:
     """A plan that keeps the limit, its calibrator, and what both need at most.
 
-    Where that helps, less is read at a time, statistics are collected in several runs, and less text goes through a
-    block at a time. limit: bytes; None: what this machine, or the control group, has left. Raises OutOfBudget with the
-    numbers.
+    Where that helps, less is read at a time, the text goes through a block twice and is not held in it, statistics are
+    collected in several runs, and less text goes through at a time. limit: bytes; None: what this machine, or the
+    control group, has left. Raises OutOfBudget with the numbers.
     """
     here, most = _limits(limit)
     found = []
-    for batch in (0,) if calibrator is None else calibrator.batches:
+    for hold, batch in _ways(calibrator):
         if calibrator is not None:
-            calibrator.batch = batch
+            calibrator.batch, calibrator.at_once = batch, hold
+        # without a limit what is held may take half of the machine: other programs are no reason for other bytes
+        enough = min(most, hardware.memory_limit_bytes() // 2) if hold and limit is None else most
         chunk = CHUNK_BYTES
         while chunk >= SMALLEST_CHUNK:
             smaller = dataclasses.replace(plan, chunk_bytes=chunk)
             found.append(_footprint(smaller, calibrator, here, most))
-            if found[-1].total <= most:
+            if found[-1].total <= enough:
                 return smaller, calibrator, found[-1]
             chunk //= 2
     least = min(found, key=lambda each: each.total)
@@ -68,6 +70,14 @@ def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[P
     if calibrator is not None:
         hints = f"a shorter --sequence-length, a higher limit, or a method without data would do; {least}"
     raise OutOfBudget(f"{_said(limit, most)}: this model and recipe need {least.total} bytes at least; {hints}")
+
+
+def _ways(calibrator: Calibrator | None) -> list[tuple[bool, int]]:
+    """Is all of the text held in the middle of a block, and how many rows go through at a time; the fastest first."""
+    if calibrator is None:
+        return [(False, 0)]
+    ways = [(False, batch) for batch in calibrator.batches]
+    return [(True, calibrator.batches[0]), *ways] if calibrator.may_hold else ways
 
 
 def _limits(limit: int | None) -> tuple[int, int]:
@@ -114,8 +124,10 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
         }
         if calibrator.teacher is not None:
             terms["recovery"] = recovery_bytes(calibrator)
+        if calibrator.at_once:
+            terms["text held in a block"] = its.held
         left = limit - sum(terms.values())
-        calibrator.budget = max(its.largest, min(its.statistics, left))
+        calibrator.budget = its.largest if calibrator.at_once else max(its.largest, min(its.statistics, left))
         terms["statistics"] = calibrator.budget
     return Footprint(terms)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import BadInput, PenjingError
-from ..methods.statistics import PANEL, Collector, Statistics
+from ..methods.statistics import PANEL, Collector, Statistics, add_products
 from .block import LiveBlock, to_numpy
 
 EXPERT = re.compile(r"^(?P<owner>.*\.experts)\.(?P<index>\d+)\.")
@@ -134,19 +135,23 @@ class Collecting:
 
     def run(self, block: LiveBlock, compute: Callable[[Any], Any]) -> None:
         """See one run of the block; the run ends with the last product that is of interest."""
-        try:
-            compute(self._seen)
-        except _Enough:
-            pass
-        except BadInput as error:
-            raise PenjingError(f"{block.name}: {error}") from None
 
-    def _seen(self, names: tuple[str, ...], x: Tensor) -> None:
+        def seen(names: tuple[str, ...], x: Tensor) -> None:
+            self.see(block, names, x)
+            if self._last is not None and self._last in names:
+                raise _Enough
+
+        with suppress(_Enough):
+            compute(seen)
+
+    def see(self, block: LiveBlock, names: Sequence[str], x: Tensor) -> None:
+        """See what comes into the product with some weights: (…, in). PenjingError for a NaN or an infinity."""
         for name in names:
             if (collector := self._collectors.get(name)) is not None:
-                collector.add(x.reshape(-1, x.shape[-1]))
-        if self._last is not None and self._last in names:
-            raise _Enough
+                try:
+                    collector.add(x.reshape(-1, x.shape[-1]))
+                except BadInput as error:
+                    raise PenjingError(f"{block.name}: {error}") from None
 
 
 class Sums:
@@ -173,6 +178,8 @@ class Sums:
         for name, total in self._sums.items():
             if name == "hessian" and self._pairs:
                 kernels.add_gram(to_numpy(rows.to(torch.bfloat16)), total.numpy())
+            elif name == "hessian" and rows.device.type == "cpu":
+                add_products(total.numpy(), rows.numpy())  # 0.5 × the time of torch's own on an AVX2 machine
             elif name == "hessian":
                 for low in range(0, self.columns, PANEL):  # the upper triangle of panels; the rest is its mirror
                     panel = slice(low, low + PANEL)

@@ -23,7 +23,7 @@ class Needs:
 
     weights: a block's, and the codes of what was solved of it.  statistics: of all inputs of a block; they are
     collected in several runs where the limit asks for it.  largest: of one input, which must fit.  solving: one matrix,
-    beside its statistics.  activations: one batch inside a block.
+    beside its statistics.  activations: one batch inside a block.  held: all batches, each before a product.
     """
 
     weights: int
@@ -31,11 +31,12 @@ class Needs:
     largest: int
     solving: int
     activations: int
+    held: int
 
 
 def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
     """What the blocks that are calibrated take."""
-    weights = statistics = largest = solving = inside = 0
+    weights = statistics = largest = solving = inside = held = 0
     for block in calibrator.order[: calibrator.chained]:
         modules = [module for module in _modules(calibrator, block) if module in rules]
         shapes = {module: calibrator.checkpoint.infos[f"{module}.weight"].shape for module in modules}
@@ -47,7 +48,8 @@ def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
         work = [apply.memory_bytes(rules[m], *shapes[m]) + 8 * prod(shapes[m]) for m in modules]
         solving = max(solving, *work, 0)
         inside = max(inside, activations(calibrator, block))
-    return Needs(weights, statistics, largest, solving, inside)
+        held = max(held, held_bytes(calibrator, block))
+    return Needs(weights, statistics, largest, solving, inside, held)
 
 
 def needs_of_units(calibrator: Calibrator, readers: Sequence[Sequence[Reader]]) -> Needs:
@@ -61,7 +63,7 @@ def needs_of_units(calibrator: Calibrator, readers: Sequence[Sequence[Reader]]) 
         weights = max(weights, 8 * sum(prod(shape) for shape, _ in block))
     weights += max(calibrator.graph.block_bytes(block) for block in calibrator.order)
     inside = max(activations(calibrator, block) for block in calibrator.order)
-    return Needs(weights, statistics, largest, solving, inside)
+    return Needs(weights, statistics, largest, solving, inside, 0)
 
 
 def recovery_bytes(calibrator: Calibrator) -> int:
@@ -101,3 +103,11 @@ def activations(calibrator: Calibrator, block: str) -> int:
     masks = 3 * calibrator.batch * calibrator.tokens.shape[1] ** 2 * 4
     within = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
     return int(tokens * within + turned + products + masks)
+
+
+def held_bytes(calibrator: Calibrator, block: str) -> int:
+    """All of the text in the middle of a block, float32: what comes into its widest layer, what goes around it, and
+    what attention made, which is as wide as six of the block's input at most."""
+    infos = calibrator.checkpoint.infos
+    widest = max((max(infos[name].shape) for name in calibrator.wanted(block)), default=0)
+    return int(4 * calibrator.tokens.size * (widest + 6 * calibrator.width))

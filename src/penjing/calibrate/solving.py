@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,24 @@ def compress_block(
     """
     done: dict[str, Solution] = {}
     verdicts: dict[str, Verdict] = {}
+
+    def put(module: str) -> None:
+        solved = done[module]
+        block.set(f"{module}.weight", solved if isinstance(solved, np.ndarray) else solved.decode())
+
+    def without_data(some: Iterable[str]) -> None:
+        for module in some:
+            rule = rules[module]
+            blind = bool(apply.needs(rule))
+            rule = apply.plain(rule) if blind else rule
+            weight = block.get(f"{module}.weight")
+            done[module] = solve(rule, module, weight, Statistics())
+            verdicts[module] = _with_clipped({"uncalibrated": True} if blind else {}, rule, weight, done[module])
+            if block.in_turn:
+                put(module)
+
+    block.prepare(in_turn=recovery is None)
+    without_data(module for module in modules if not apply.needs(rules[module]))
     for each, statistics in block.inputs():
         for module in each.modules:
             weight = block.get(f"{module}.weight")
@@ -47,17 +65,12 @@ def compress_block(
                 verdict["largest_input"] = float(statistics["absmax"].max())
             done[module] = solved
             verdicts[module] = _with_clipped(verdict, rules[module], weight, solved)
-    for module in modules:
-        if module not in done:
-            rule = rules[module]
-            blind = bool(apply.needs(rule))
-            rule = apply.plain(rule) if blind else rule
-            weight = block.get(f"{module}.weight")
-            done[module] = solve(rule, module, weight, Statistics())
-            verdict = {"uncalibrated": True} if blind else {}
-            verdicts[module] = _with_clipped(verdict, rule, weight, done[module])
-    for module, solved in done.items():
-        block.set(f"{module}.weight", solved if isinstance(solved, np.ndarray) else solved.decode())
+            if block.in_turn:
+                put(module)
+    without_data(module for module in modules if module not in done)
+    if not block.in_turn:
+        for module in done:
+            put(module)
     if recovery is not None:
         done |= recovery(done)
     block.advance()

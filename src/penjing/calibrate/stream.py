@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,16 @@ from .block import LiveBlock, to_numpy
 from .data import Calibration, read_tokens
 from .folding import Folder, scale_for
 from .graph import Call, Graph, to_torch
-from .inputs import Collecting, Forced, Input, find_inputs, portions, starved
+from .inputs import EXPERT, Collecting, Forced, Input, find_inputs, portions, starved
 from .own import Own
+from .walk import Walk
 
 if TYPE_CHECKING:
     from .recover import Teacher
 
 # About so many tokens go through a block at a time: many make products fast, few fit in less memory.
 BATCH_TOKENS = (2048, 1024, 512)
+MOST_HELD = 32  # batches, each a thread of its own while it is held
 Tick = Callable[[float], None]
 
 
@@ -48,7 +50,8 @@ class Calibrator:
     tokens: int64 (samples, length).  rules: module → what will be done to it.  folder: for the hidden states.
     dtype: what products are made in.  own: what the model is to write itself; tokens only stand in until `prepare`.
     budget: bytes that statistics may take at once.  batch: samples that go through a block at a time, at first the
-    first of `batches`. Both are to be set before the first block.
+    first of `batches`.  at_once: may all of them be held in the middle of a block? These are to be set before the
+    first block.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Calibrator:
         self.rules = rules
         self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
         self.batches = tuple(dict.fromkeys(max(1, size // tokens.shape[1]) for size in BATCH_TOKENS))
-        self.batch = self.batches[0]
+        self.batch, self.at_once = self.batches[0], False
         self._calls: dict[int, list[Call]] = {}
         self._static = True
         self._look_at_calls()
@@ -104,6 +107,14 @@ class Calibrator:
         names = [name for part in self.graph.block_parts(block).values() for _, name in part.sources]
         return {name: self.needs[name] for name in names if self.needs.get(name)}
 
+    @property
+    def may_hold(self) -> bool:
+        """Would it pay to hold all of the text in the middle of a block? Not where it is needed there again: experts
+        that were starved see it once more, and recovery does many times."""
+        experts = any(EXPERT.match(name) and need for name, need in self.needs.items())
+        batches = -(-len(self.tokens) // self.batches[0])
+        return self.teacher is None and bool(self.rules) and not experts and batches <= MOST_HELD
+
     def collect(self, needs: Mapping[str, tuple[str, ...]]) -> None:
         """Wish for statistics beside those of the rules (weight → which), and for what comes out of every block."""
         self.needs |= needs
@@ -125,6 +136,7 @@ class Calibrator:
         return {
             "calibration": text | {"samples": samples, "sequence_length": length},
             "batch": self.batch,
+            "in_turn": self.at_once,
             "threads": kernels.threads(),
             "device": f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}",
         }
@@ -156,8 +168,12 @@ class Calibrator:
             self._write(0, (self.graph.enter(self._ids(rows))[0] for rows in self._batches()))
         if not self.file(number).exists():
             raise PenjingError(f"{self.file(number)} is missing: run with --restart")
-        with LiveBlock(self.graph, block, self.dtype) as live, SafetensorsFile(self.file(number)) as hidden:
-            yield OpenBlock(self, live, number, hidden, tick)
+        with (
+            LiveBlock(self.graph, block, self.dtype) as live,
+            SafetensorsFile(self.file(number)) as hidden,
+            closing(OpenBlock(self, live, number, hidden, tick)) as opened,
+        ):
+            yield opened
 
     def _write(self, number: int, parts: Iterator[Tensor]) -> None:
         dtype = self._stored()
@@ -181,6 +197,9 @@ class OpenBlock:
         self.changed: set[str] = set()  # tensors that a transform changed
         self.unfolded: list[str] = []
         self.plain_losses: dict[str, float] = {}
+        self.in_turn = False
+        self._found: list[Input] | None = None
+        self._walks: list[Walk] = []  # through the block, a batch each, where layers are solved in turn
 
     def get(self, name: str) -> NDArray[Any]:
         """A tensor of the checkpoint as the block has it now; as it is stored where the block does not have it."""
@@ -190,21 +209,51 @@ class OpenBlock:
         if self.live.is_live(name):
             self.live.set(name, values)
 
+    def prepare(self, in_turn: bool = False) -> None:
+        """Find the inputs that rules need to know, and fold the scales of transforms into the block.
+
+        in_turn: may layers be solved in the order of use, on what comes out of those before as they were solved? So it
+        is done, see `self.in_turn`, where the owner has the memory, and every text takes the same way.
+        """
+        wanted = self.owner.wanted(self.live.name)
+        self._found = []
+        if wanted:
+            self._found = find_inputs(self.live, partial(self._run, self._enough_to_see(wanted)), wanted)
+            self._transform(self._found)
+        self.in_turn = in_turn and self.owner.at_once and all(each.once and not each.expert for each in self._found)
+
     def inputs(self) -> Iterator[tuple[Input, Statistics]]:
         """Each input that a layer's rule needs to know, with its statistics, in order of use.
 
-        Weights may be solved as they come, but `set` only after the last one: the inputs are those of the original.
+        Weights may be solved as they come. In turn, they are to be `set` before the next input; if not, only after the
+        last one: the inputs are those of the original.
         """
-        wanted = self.owner.wanted(self.live.name)
-        if not wanted:
+        if self._found is None:
+            self.prepare()
+        assert self._found is not None
+        if self.in_turn:
+            yield from self._each_in_turn(self._found)
             return
-        found = find_inputs(self.live, partial(self._run, self.owner._batches()[0]), wanted)
-        self._transform(found)
-        for some in portions(found, self.owner.budget):
+        for some in portions(self._found, self.owner.budget):
             collecting = self._collect(some)
             for each in some:
                 if collecting.count(each):
                     yield each, collecting.statistics(each)
+
+    def _each_in_turn(self, inputs: list[Input]) -> Iterator[tuple[Input, Statistics]]:
+        batches = self.owner._batches()
+        stops = {each.names[0] for each in inputs}
+        self._walks = [Walk(partial(self._run, rows), stops) for rows in batches]
+        for each in inputs:
+            collecting = Collecting([each], self.owner.device, self.owner.dtype)
+            for walk in self._walks:
+                collecting.see(self.live, each.names[:1], walk.to(each.names[0]))
+                self._tick(1 / len(batches) / (len(inputs) + 1))
+            yield each, collecting.statistics(each)
+
+    def _enough_to_see(self, wanted: Mapping[str, tuple[str, ...]]) -> slice:
+        """Rows of text that show which layers read the same: one, and more where a router chooses by the text."""
+        return self.owner._batches()[0] if any(map(EXPERT.match, wanted)) else slice(0, 1)
 
     def _transform(self, inputs: list[Input]) -> None:
         """Fold the scales of the rules' transforms into the block; what is collected later is of the new inputs."""
@@ -282,13 +331,20 @@ class OpenBlock:
         if self.number + 1 >= self.owner.chained:
             return
         batches = self.owner._batches()
+        share = 1 / (len(self._found or ()) + 1) if self._walks else 0.5
 
         def parts() -> Iterator[Tensor]:
-            for rows in batches:
-                yield self._run(rows)
-                self._tick(0.5 / len(batches))
+            for number, rows in enumerate(batches):
+                yield self._walks[number].end() if self._walks else self._run(rows)
+                self._tick(share / len(batches))
 
         self.owner._write(self.number + 1, parts())
+
+    def close(self) -> None:
+        """Leave what is under way."""
+        for walk in self._walks:
+            walk.leave()
+        self._walks = []
 
 
 def open_calibrator(

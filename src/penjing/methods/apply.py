@@ -110,11 +110,8 @@ def judge(
         hessian = np.square(statistics.need("input_norm", weight.shape[1]))
     simple = solve(plain(rule), weight, Statistics(), scale_dtype="float32", seed=0)
     some = evenly(len(weight), rows)
-    found = {
-        name: linalg.relative_loss(weight[some], decoded_rows(each, some), hessian)
-        for name, each in (("loss", solved), ("plain_loss", simple))
-    }
-    return found | linalg.damping_used(statistics)
+    both = linalg.relative_losses(weight[some], [decoded_rows(each, some) for each in (solved, simple)], hessian)
+    return dict(zip(("loss", "plain_loss"), both, strict=True)) | linalg.damping_used(statistics)
 
 
 def clips(rule: Rule) -> bool:

@@ -13,6 +13,7 @@ This is GPTQ's and SparseGPT's update (there with the Cholesky factor U of H⁻�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +145,15 @@ def losses(error: NDArray[Any], hessian: NDArray[Any]) -> Doubles:
 
 def relative_loss(weight: NDArray[Any], solved: NDArray[Any], hessian: NDArray[Any]) -> float:
     """tr(E H Eᵀ) / tr(W H Wᵀ): the share of the layer's output that is lost; 0 where there is no output."""
+    return relative_losses(weight, [solved], hessian)[0]
+
+
+def relative_losses(weight: NDArray[Any], solved: Sequence[NDArray[Any]], hessian: NDArray[Any]) -> list[float]:
+    """`relative_loss` of several solutions of one weight."""
     w = weight.astype(np.float32)
     whole = float(losses(w, hessian).sum())
-    return float(losses(w - solved.astype(np.float32), hessian).sum()) / whole if whole > 0 else 0.0
+    lost = [float(losses(w - each.astype(np.float32), hessian).sum()) for each in solved]
+    return [each / whole if whole > 0 else 0.0 for each in lost]
 
 
 def ridge(hessian: NDArray[Any], damping: float) -> float:

@@ -23,7 +23,7 @@ from ..errors import BadInput, nearest
 Floats = NDArray[np.float32]
 Derived = TypeVar("Derived")
 KINDS = ("absmax", "absmean", "hessian", "input_norm", "mean")
-PANEL = 1024  # columns of the hessian that are summed at a time, so that no second (in, in) array is made
+PANEL = 512  # columns of the hessian that are summed at a time, so that no second (in, in) array is made
 
 
 class Statistics(Mapping[str, NDArray[Any]]):
@@ -112,7 +112,7 @@ class Collector:
         self.count += len(rows)
         for name, total in self._sums.items():
             if name == "hessian":
-                _add_products(total, rows)
+                add_products(total, rows)
             elif name == "absmax":
                 np.maximum(total, np.abs(rows).max(axis=0), out=total)
             elif name == "input_norm":
@@ -144,7 +144,7 @@ class Collector:
         return Statistics(found)
 
 
-def _add_products(total: NDArray[Any], rows: Floats) -> None:
+def add_products(total: NDArray[Any], rows: Floats) -> None:
     """total += rowsᵀ rows, the upper triangle of panels only: the rest is its mirror."""
     for low in range(0, len(total), PANEL):
         high = min(low + PANEL, len(total))

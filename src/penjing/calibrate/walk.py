@@ -46,8 +46,9 @@ class Walk:
         """Go on to the end → what leaves the block."""
         self._stops = ()
         self._go_on()
-        assert isinstance(self._result, Tensor)
-        return self._result
+        found, self._result = self._result, None
+        assert isinstance(found, Tensor)
+        return found
 
     def leave(self) -> None:
         """Go no further, and free what is held on the way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -96,30 +97,30 @@ def test_inputs_are_rounded_by_readers_as_config_says(scheme: str, artifacts: di
     np.testing.assert_allclose(found, right, atol=0.15)  # of bfloat16; without rounding they are 0.3 apart
 
 
+HEADS = {"q_", "k_", "v_", "o_"}
+IN_TURN = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
 def test_steps_of_inputs_hold_what_calibration_saw(tmp_path: Path) -> None:
+    """The largest input of each layer, behind what is compressed by then; one layer after the other."""
     model = make(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(text())
     settings: dict[str, Any] = {"calibration": [tmp_path / "text.txt"], "samples": 6, "sequence_length": 24}
     compress(tmp_path / "model", tmp_path / "out", "fp8", **settings)
     checkpoint = open_checkpoint(tmp_path / "out")
     tokens = torch.tensor([int(word[1:]) for word in text().split()[: 6 * 24]]).reshape(6, 24)
-    for number, layer in enumerate(model.model.layers):
-        largest: dict[str, float] = {}
-        linears = {name: each for name, each in layer.named_modules() if isinstance(each, torch.nn.Linear)}
-        hooks = [
-            each.register_forward_pre_hook(
-                lambda _, args, n=name, into=largest: into.update({n: float(args[0].abs().max())})
-            )
-            for name, each in linears.items()
-        ]
+    for layer, alike in itertools.product(range(len(model.model.layers)), IN_TURN):
+        modules = [f"model.layers.{layer}.{'self_attn' if name[:2] in HEADS else 'mlp'}.{name}" for name in alike]
+        seen: list[float] = []
+        watched = model.get_submodule(modules[0])
+        hook = watched.register_forward_pre_hook(lambda _, args, into=seen: into.append(float(args[0].abs().max())))
         with torch.no_grad():
             model(input_ids=tokens)
-        for hook in hooks:
-            hook.remove()
-        for name, each in linears.items():
-            module = f"model.layers.{number}.{name}"
-            assert float(checkpoint.read(f"{module}.input_scale")[0]) == pytest.approx(largest[name] / 448, rel=1e-5)
-            each.weight.data = torch.from_numpy(checkpoint.tensor(f"{module}.weight").astype(np.float32))
+        hook.remove()
+        for module in modules:
+            assert float(checkpoint.read(f"{module}.input_scale")[0]) == pytest.approx(seen[0] / 448, rel=1e-5)
+            weight = checkpoint.tensor(f"{module}.weight").astype(np.float32)
+            model.get_submodule(module).weight.data = torch.from_numpy(weight)
     described = describe(tmp_path / "out")
     assert (described.format, described.activations) == ("fp8 tensor", "fp8-static")
 

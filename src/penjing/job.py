@@ -223,11 +223,11 @@ class Job:
         plan, self.calibrator = self._open(chosen)
         self.plan = dataclasses.replace(plan, chunk_bytes=settled)
         if self.calibrator is not None and before is not None:
-            self.calibrator.batch, self.calibrator.budget = before.batch, before.budget
+            self.calibrator.go_as(before)
         if (measured := self._measuring) is not None:
             self._measuring = self._open_measuring(chosen)
             assert self._measuring is not None
-            self._measuring.batch, self._measuring.budget = measured.batch, measured.budget
+            self._measuring.go_as(measured)
 
 
 def _check_static_inputs(plan: Plan, calibrator: Calibrator) -> None:

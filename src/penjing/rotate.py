@@ -118,8 +118,11 @@ class Rotated(Checkpoint):
             return self._turned_whole(stored_name, turn)[rows or slice(None)].astype(info.dtype)
         low, high, _ = (rows or slice(None)).indices(info.shape[0])
         found = np.empty((max(high - low, 0), info.shape[1]), info.dtype)
-        for part in _slabs(low, high, info.shape[1]):
-            found[part.start - low : part.stop - low] = self._columns(turn, self.whole.read(turn.source, part))
+        for part in _slabs(*info.shape):  # whole ones, whichever rows are asked for: BLAS sums by how many it is given
+            first, last = max(low, part.start), min(high, part.stop)
+            if first < last:
+                turned = self._columns(turn, self.whole.read(turn.source, part))
+                found[first - low : last - low] = turned[first - part.start : last - part.start]
         return found
 
     def _columns(self, turn: Turn, weight: NDArray[Any]) -> NDArray[np.float32]:
@@ -136,21 +139,21 @@ class Rotated(Checkpoint):
         self._held, info = ("", None), self.infos[name]
         found = np.empty((info.shape[0], info.size // info.shape[0]), np.float32)
         raw = self.whole.read(turn.source).reshape(found.shape)
-        for part in _slabs(0, *found.shape):
+        for part in _slabs(*found.shape):
             found[part] = self._columns(turn, raw[part])
         rows, places = turn.rows, slice(None) if turn.places is None else turn.places
         assert rows is not None
-        for part in _slabs(0, found.shape[1], found.shape[0]):
+        for part in _slabs(*found.shape[::-1]):
             found[places, part] = rows.output_side(found[places, part])
         found = found.reshape(info.shape)
         self._held = name, found
         return found
 
 
-def _slabs(low: int, high: int, width: int) -> Iterator[slice]:
+def _slabs(count: int, width: int) -> Iterator[slice]:
     step = max(1, _SLAB // max(width, 1))
-    for start in range(low, high, step):
-        yield slice(start, min(start + step, high))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

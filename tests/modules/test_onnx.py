@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import penjing
 from penjing.errors import BadInput, PenjingError, Unsupported
+from penjing.kernels import isa
 from penjing.modules import onnx as export
 
 onnx = pytest.importorskip("onnx")
@@ -48,7 +49,7 @@ def numbers(shape: tuple[int, ...], seed: int) -> Tensor:
 def float_size(tmp_path_factory: pytest.TempPathFactory) -> int:
     file = tmp_path_factory.mktemp("float") / "float.onnx"
     result = penjing.to_onnx(SimpleNet().eval(), torch.randn(2, 3, 32, 32), file)
-    assert result.weights == {"int8": 0, "int4": 0}
+    assert result.weights == dict.fromkeys(("int8", "uint8", "int4"), 0)
     assert result.difference is not None
     assert result.difference <= 1e-5 * result.largest
     assert file.stat().st_size == result.size_bytes
@@ -74,8 +75,8 @@ def test_simplenet(settings: dict[str, Any], pairs: int, float_size: int, tmp_pa
     kinds = operators(file)
     assert kinds["QuantizeLinear"] == pairs
     assert kinds["DequantizeLinear"] == 5 + pairs
-    kind = "int4" if settings.get("bits") == 4 else "int8"
-    assert result.weights == {"int8": 0, "int4": 0, kind: 5}
+    kind = "int4" if settings.get("bits") == 4 else "uint8" if settings["method"] == "static" else "int8"
+    assert result.weights == {"int8": 0, "uint8": 0, "int4": 0, kind: 5}
     weights = [array for array in initializers(file).values() if array.ndim > 1]
     assert [str(array.dtype) for array in weights] == [kind] * 5
     assert result.size_bytes <= (0.2 if kind == "int4" else 0.3) * float_size
@@ -140,6 +141,28 @@ def test_one_linear_differs_by_whole_steps_or_not_at_all(
     assert np.all(difference <= 1.01 * step * np.abs(layer.weight.numpy()).max(1))  # one code at most
     flipped = np.any(difference > 1e-5 * np.abs(expected).max(), axis=1)
     assert flipped.mean() < 0.01  # almost all rows: none
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "kind"),
+    [
+        (8, False, "uint8"),
+        (7, False, "int8"),
+        pytest.param(
+            8, True, "int8", marks=pytest.mark.skipif("vnni" not in isa(), reason="sums of int8 saturate here")
+        ),
+    ],
+)
+def test_weights_that_may_saturate_are_unsigned_unless_asked(
+    bits: int, signed: bool, kind: str, tmp_path: Path
+) -> None:
+    layer, x, file = nn.Linear(16, 24), numbers((4, 16), 1), tmp_path / "linear.onnx"
+    penjing.quantize(layer, "static", bits=bits, data=[numbers((64, 16), 2)])
+    assert penjing.to_onnx(layer, x, file, signed_weights=signed).weights[kind] == 1
+    codes = next(array for array in initializers(file).values() if array.ndim == 2).astype(np.int32)
+    codes -= 128 if kind == "uint8" else 0
+    np.testing.assert_array_equal(np.sort(codes, None), np.sort(layer.weight_codes.numpy(), None))
+    np.testing.assert_allclose(run(file, x, as_written=True)[0], layer(x).numpy(), atol=1e-5)
 
 
 class Sequences(nn.Module):
@@ -228,8 +251,8 @@ def test_other_answers_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     penjing.quantize(net, "static", data=numbers((8, 3, 32, 32), 2))
     real = export.trace_codes
 
-    def broken(root: nn.Module) -> None:
-        real(root)
+    def broken(root: nn.Module, signed: bool) -> None:
+        real(root, signed)
         root.fc2.weight_scale *= 1.1
 
     monkeypatch.setattr(export, "trace_codes", broken)

@@ -77,6 +77,10 @@ class Calibrator:
         wanted = [number for number, block in enumerate(self.order) if self.wanted(block)]
         self.chained = max(wanted, default=-1) + 1
 
+    def go_as(self, other: Calibrator) -> None:
+        """Go through the text as another calibrator was found to fit in memory."""
+        self.batch, self.at_once, self.budget = other.batch, other.at_once, other.budget
+
     def _look_at_calls(self) -> None:
         """Which blocks are called in which order, and whether what they are called with depends on the text."""
         batches = self._batches()

@@ -16,6 +16,7 @@ from .layers import PARTS, Coded, CodedConv, CodedEmbedding, CodedLayer, CodedLi
 from .reference import dynamic_steps
 
 OPSET = 21  # the first with blocked steps and INT4
+_NEVER_SATURATES = 64  # 2 · 64 · 255 < 2^15
 
 
 def _operator(name: str, tensors: list[Tensor | None], dtype: torch.dtype, **attributes: Any) -> Tensor:
@@ -36,8 +37,11 @@ class TracedLayer(nn.Module):
             return self.decoded(name).to(coded.dtype)
         return super().__getattr__(name)
 
-    def prepare(self) -> None:
-        """Bring codes, steps and zero points into the shapes that DequantizeLinear takes."""
+    def prepare(self, signed: bool) -> None:
+        """Bring codes, steps and zero points into the shapes that DequantizeLinear takes.
+
+        signed: leave 8-bit codes as they are where sums of int8 may saturate.
+        """
         self.__dict__["shapes"] = {}
         for name in self.coded.grids:
             codes, scale, zero_point = (self._buffers[f"{name}_{part}"] for part in PARTS)
@@ -55,9 +59,20 @@ class TracedLayer(nn.Module):
             self._buffers[f"{name}_scale"] = scale.reshape(shape)
             if zero_point is not None:
                 self._buffers[f"{name}_zero_point"] = zero_point.reshape(shape)
+            if self.coded.step is not None and not signed and int(codes.abs().max()) > _NEVER_SATURATES:
+                self._to_unsigned(name)
         if self.coded.step is not None:
             self.register_buffer("input_scale", torch.tensor(self.coded.step, dtype=torch.float32))
             self.register_buffer("input_zero_point", torch.tensor(self.coded.zero, dtype=torch.int8))
+
+    def _to_unsigned(self, name: str) -> None:
+        """The same numbers by codes of 0 … 255."""
+        codes, scale, zero_point = (self._buffers[f"{name}_{part}"] for part in PARTS)
+        assert codes is not None
+        assert scale is not None
+        zero = torch.zeros(scale.shape, dtype=torch.int8) if zero_point is None else zero_point
+        self._buffers[f"{name}_codes"] = (codes.to(torch.int16) + 128).to(torch.uint8)
+        self._buffers[f"{name}_zero_point"] = (zero.to(torch.int16) + 128).to(torch.uint8)
 
     def decoded(self, name: str) -> Tensor:
         """The parameter float32, in its shape."""
@@ -113,7 +128,7 @@ class TracedConv(TracedLayer):
 class TracedEmbedding(TracedLayer):
     """Gathers codes, and decodes the rows that are asked for."""
 
-    def prepare(self) -> None:
+    def prepare(self, signed: bool) -> None:
         """Nothing: rows are decoded with plain arithmetic."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,11 +155,15 @@ _FORWARDS: dict[type[CodedLayer], type[TracedLayer]] = {
 }
 
 
-def trace_codes(root: nn.Module) -> None:
-    """Change every coded layer of a module into its traceable form, in place and for good."""
+def trace_codes(root: nn.Module, signed: bool) -> None:
+    """Change every coded layer of a module into its traceable form, in place and for good.
+
+    signed: weights of 8 bits beside static inputs stay int8. Processors without VNNI add two products of uint8 with
+    int8 in 16 bits, which saturate; onnxruntime has them add products of uint8 with uint8 in 32.
+    """
     for part in root.modules():
         if isinstance(part, CodedLayer):
             mixin = next(traced for coded, traced in _FORWARDS.items() if isinstance(part, coded))
             part.__class__ = type(f"Traced{type(part).__name__}", (mixin, type(part)), {"__module__": __name__})
             assert isinstance(part, TracedLayer)
-            part.prepare()
+            part.prepare(signed)

@@ -65,6 +65,7 @@ CONTENDERS = (
     _penjing("int4, head too", "int4h4"),
     _penjing("int4 + 50 % sparse", "int4-sparse50"),
     _penjing("int4 + 50 % sparse, head too", "int4s50h4"),
+    _penjing("int4 + 2:4 sparse", "int4s24"),
     _penjing("int4 + 2:4 sparse, head too", "int4s24h4"),
     Contender("llama.cpp Q8_0", "llama.cpp", "llamacpp.py", "Q8_0"),
     _penjing("int8", "int8"),
@@ -103,6 +104,11 @@ ignore: ["re:.*embed", "re:.*norm"]
 rules:
   - targets: "*"
 """
+PLAIN = """version: 1
+rules:
+  - targets: "*"
+"""
+TWO_OF_FOUR = '    prune: {method: l1, pattern: "2:4"}\n'
 INT4 = "    quantize: {method: rtn, bits: 4, group_size: 128}\n"
 INT8 = "    quantize: {method: rtn, bits: 8, group_size: -1}\n"
 RECIPES = {
@@ -112,7 +118,8 @@ RECIPES = {
     "w8a8": "w8a8",
     "int4h4": HEAD_TOO + INT4,
     "int4s50h4": HEAD_TOO + "    prune: {method: l1, sparsity: 0.5}\n" + INT4,
-    "int4s24h4": HEAD_TOO + '    prune: {method: l1, pattern: "2:4"}\n' + INT4,
+    "int4s24": PLAIN + TWO_OF_FOUR + INT4,
+    "int4s24h4": HEAD_TOO + TWO_OF_FOUR + INT4,
     "int8h8": HEAD_TOO + INT8,
 }
 

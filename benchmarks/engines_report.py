@@ -115,8 +115,9 @@ def targets(results: Results) -> list[Target]:
         shares = results.shares.get(f"Penjing {kind}")
         share = statistics.median(shares) if shares else None
         made.append(Target(f"decode, 1 stream: {kind} ÷ what memory's bandwidth allows", share, 0.85))
-    for kind in ("int4 + 50 % sparse", "int4 + 50 % sparse, head too", "int4 + 2:4 sparse, head too"):
-        against(kind, "decode", "llama.cpp Q4_0", 1.7)
+    for kind in ("int4 + 50 % sparse", "int4 + 2:4 sparse"):
+        for variant in (kind, f"{kind}, head too"):
+            against(variant, "decode", "llama.cpp Q4_0", 1.7)
     for kind in ("int8", "int8, head too"):
         against(kind, "decode", "llama.cpp Q8_0", 1.2)
     for kind, peer in (("int4", "llama.cpp Q4_0"), ("int8", "llama.cpp Q8_0")):

@@ -85,6 +85,7 @@ class Penjing:
 
 INT4 = {"weights": "4 bits, a float16 step for 128", "activations": "int8, a step for 128"}
 SPARSE = INT4 | {"weights": "4 bits, a step for 128, half of them zero"}
+TWO_OF_FOUR = INT4 | {"weights": "4 bits, a step for 128, two of each four zero"}
 INT8 = {"weights": "8 bits, a step a row", "activations": "int8, a step for 128"}
 FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16"}, {"head": "as the rest"}
 WORDS = {
@@ -92,7 +93,8 @@ WORDS = {
     "int4h4": INT4 | SMALL_HEAD,
     "int4-sparse50": SPARSE | FLOAT_HEAD,
     "int4s50h4": SPARSE | SMALL_HEAD,
-    "int4s24h4": SPARSE | {"weights": "4 bits, a step for 128, two of each four zero"} | SMALL_HEAD,
+    "int4s24": TWO_OF_FOUR | FLOAT_HEAD,
+    "int4s24h4": TWO_OF_FOUR | SMALL_HEAD,
     "int8": INT8 | FLOAT_HEAD,
     "int8h8": INT8 | SMALL_HEAD,
     "w8a8": INT8 | {"activations": "int8, a step a token"} | FLOAT_HEAD,

@@ -20,12 +20,12 @@ nb::handle matrix_of(nb::handle pair) { return nb::cast<nb::tuple>(pair)[0]; }
 class Held {
 public:
   // config: a ModelConfig.  embedding: a matrix, or None where only blocks are run.  head: (matrix, bias or None).
-  // final_norm: (weight, bias or None).
-  Held(nb::handle config, nb::handle embedding, nb::handle head, nb::handle final_norm)
-      : frame_(frame(config, embedding, head, final_norm)), decoder_(frame_) {
+  // final_norm: (weight, bias or None).  screen: of the head, or None.
+  Held(nb::handle config, nb::handle embedding, nb::handle head, nb::handle final_norm, nb::handle screen)
+      : frame_(frame(config, embedding, head, final_norm, screen)), decoder_(frame_) {
     if (const nb::object second = config.attr("per_layer"); !second.is_none())
       per_layer_inner_ = field<int64_t>(second, "inner");
-    keep(nb::make_tuple(embedding, head, final_norm));
+    keep(nb::make_tuple(embedding, head, final_norm, screen));
   }
 
   // per_layer: a PerLayerEmbedding of `layers` blocks.  projection: (matrix, bias).  norm: (weight, bias).
@@ -55,7 +55,8 @@ public:
   int64_t per_layer_inner() const { return per_layer_inner_; }
 
 private:
-  static Frame frame(nb::handle config, nb::handle embedding, nb::handle head, nb::handle final_norm) {
+  static Frame frame(nb::handle config, nb::handle embedding, nb::handle head, nb::handle final_norm,
+                     nb::handle screen) {
     Frame f;
     f.hidden = field<int64_t>(config, "hidden"), f.vocabulary = field<int64_t>(config, "vocab_size");
     f.positions = field<int64_t>(config, "max_position");
@@ -70,6 +71,12 @@ private:
     f.final_norm = norm_from(config.attr("final_norm"), final_norm, "final_norm", f.hidden);
     f.embedding_scale = field<float>(config, "embedding_scale"), f.logit_scale = field<float>(config, "logit_scale");
     f.logit_softcap = field<float>(config, "logit_softcap");
+    if (!screen.is_none()) {
+      f.screen = &nb::cast<const Screen &>(screen);
+      require(f.screen->fits(*f.head), "screen: it is not one of this head");
+      require(!f.head_bias && f.logit_softcap == 0 && f.logit_scale >= 0x1p-20f && f.logit_scale <= 0x1p20f,
+              "screen: logits are products times a scale");
+    }
     return f;
   }
 
@@ -167,9 +174,9 @@ void run(Held &held, const nb::sequence &given, const Out &x, const MaybeIn &ext
 
 void decoder(nb::module_ &m) {
   nb::class_<Held>(m, "Decoder")
-      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle>(), nb::arg("config"),
+      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle>(), nb::arg("config"),
            nb::arg("embedding").none() = nb::none(), nb::arg("head").none() = nb::none(),
-           nb::arg("final_norm").none() = nb::none())
+           nb::arg("final_norm").none() = nb::none(), nb::arg("screen").none() = nb::none())
       .def("set_per_layer", &Held::set_per_layer, nb::arg("per_layer"), nb::arg("layers"), nb::arg("table"),
            nb::arg("projection"), nb::arg("norm"))
       .def("add_block", &Held::add, nb::arg("block"), nb::arg("linears"), nb::arg("norms"), nb::arg("vectors"),

@@ -1,4 +1,4 @@
-#include "kernels/matrix.h"
+#include "kernels/screen.h"
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -73,6 +73,30 @@ nb::object decode(const Matrix &matrix, const In &rows) {
   return result;
 }
 
+std::unique_ptr<Screen> screen_of(const Matrix &floats) {
+  require(Screen::can_be_of(floats), "matrix: only floats are screened");
+  nb::gil_scoped_release release;
+  return std::make_unique<Screen>(floats);
+}
+
+// Of each row of x the greatest product of `floats`, int64 (rows,), and how many panels were computed; None where one
+// may not be finite.
+nb::object greatest(const Screen &screen, const Matrix &floats, const In &x, float scale) {
+  require(screen.fits(floats), "matrix: the screen is another's");
+  const float *from = checked<float>(x, "x", {any, floats.columns});
+  const size_t shape[] = {x.shape(0)};
+  const auto m = static_cast<int64_t>(shape[0]);
+  require(m > 0 && m <= screen_rows, "x: give 1 to " + std::to_string(screen_rows) + " rows");
+  int64_t *found, panels;
+  nb::object result = numpy_array(shape, 1, &found);
+  {
+    nb::gil_scoped_release release;
+    Buffer<float> work(3 * m * floats.rows);
+    panels = screen.greatest(floats, Rows(from, m, floats.columns), scale, work.data(), found);
+  }
+  return panels ? nb::object(nb::make_tuple(result, panels)) : nb::none();
+}
+
 } // namespace
 
 void matrix(nb::module_ &m) {
@@ -83,6 +107,9 @@ void matrix(nb::module_ &m) {
       .def_prop_ro("layout", &Matrix::layout)
       .def("multiply", &multiply, nb::arg("x"), nb::arg("bias").none() = nb::none(), nb::arg("out") = nb::none())
       .def("decode", &decode, nb::arg("rows"));
+  nb::class_<Screen, Matrix>(m, "Screen")
+      .def("greatest", &greatest, nb::arg("matrix"), nb::arg("x"), nb::arg("scale") = 1.0f);
+  m.def("screen_of", &screen_of, nb::arg("matrix"));
   m.def("matrix_from_floats", &from_floats, nb::arg("values"), nb::arg("bfloat16"), nb::arg("sparse"));
   m.def("matrix_from_codes", &from_codes, nb::arg("codes"), nb::arg("bits"), nb::arg("scale"),
         nb::arg("zero_point").none(), nb::arg("activations"), nb::arg("sparse"));

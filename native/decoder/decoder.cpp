@@ -9,6 +9,11 @@ namespace penjing {
 namespace {
 
 constexpr int64_t head_rows = 64; // whose logits are in memory at once
+static_assert(head_rows >= 3 * screen_rows);
+
+// Where a screen leaves more than this share of the head it costs more than it saves, and the next draws do without.
+constexpr int64_t worth_screening = 4;
+constexpr int64_t draws_without = 32;
 
 // A row whose logits are wanted, and by whom.
 struct Wanted {
@@ -29,6 +34,17 @@ std::vector<Wanted> wanted_rows(const std::vector<Chunk> &chunks) {
       wanted.push_back({row + token, i, token});
   }
   return wanted;
+}
+
+// Is all that is asked of a chunk's logits which one is the greatest?
+bool likeliest_alone(const Chunk &c) {
+  return c.sampler && c.sampler->greedy() && c.alternatives < 0 && c.scored_alternatives < 0;
+}
+
+// A guess is looked at only if all before it were what was drawn.
+bool due(const Chunk &c, int64_t token) {
+  const int64_t drawn = static_cast<int64_t>(c.drawn.size()), from = c.n - 1 - c.guesses;
+  return c.sampler && token == from + drawn && (!drawn || c.drawn.back() == c.tokens[token]);
 }
 
 void refuse(const std::string &why) { throw std::invalid_argument(why); }
@@ -259,6 +275,23 @@ void Decoder::head(const float *x, const int64_t *rows, int64_t count, float *no
   });
 }
 
+// The likeliest token of each row, by the screen; false where that cannot say it, or is not worth its time.
+bool Decoder::likeliest(const float *x, const int64_t *rows, int64_t count, float *normed, float *work,
+                        int64_t *found) {
+  if (unaided_ > 0) {
+    --unaided_;
+    return false;
+  }
+  const int64_t hidden = frame_.hidden, panels = (frame_.vocabulary + lanes - 1) / lanes;
+  for (int64_t i = 0; i < count; ++i)
+    frame_.final_norm(x + rows[i] * hidden, normed + i * hidden);
+  const int64_t left =
+      frame_.screen->greatest(*frame_.head, Rows(normed, count, hidden), frame_.logit_scale, work, found);
+  if (left == 0 || left > panels / worth_screening)
+    unaided_ = draws_without;
+  return left > 0;
+}
+
 // Scores and draws by the logits of a chunk's tokens [first, last).
 void Decoder::finish(Chunk &c, int64_t first, int64_t last, float *logits) {
   for (int64_t token = first; token < last && c.error.empty(); ++token, logits += frame_.vocabulary) {
@@ -269,9 +302,7 @@ void Decoder::finish(Chunk &c, int64_t first, int64_t last, float *logits) {
     const int64_t follower = token + 1 < c.n ? c.tokens[token + 1] : c.follower;
     if (c.scored_alternatives >= 0 && follower >= 0)
       c.scores.push_back(log_probabilities(logits, frame_.vocabulary, follower, c.scored_alternatives));
-    // A guess is looked at only if all before it were what was drawn.
-    const int64_t drawn = static_cast<int64_t>(c.drawn.size()), from = c.n - 1 - c.guesses;
-    if (!c.sampler || token != from + drawn || (drawn && c.drawn.back() != c.tokens[token]))
+    if (!due(c, token))
       continue;
     try {
       Logprobs found;
@@ -295,12 +326,22 @@ void Decoder::step(std::vector<Chunk> &chunks) {
   const auto count = static_cast<int64_t>(wanted.size());
   for (int64_t low = 0; low < count; low += head_rows) {
     const int64_t high = std::min(low + head_rows, count);
-    int64_t rows[head_rows];
+    int64_t rows[head_rows], found[screen_rows];
+    bool screened = frame_.screen && high - low <= screen_rows;
     std::vector<int64_t> firsts; // of each chunk, among these rows
     for (int64_t i = low; i < high; ++i) {
       rows[i - low] = wanted[static_cast<size_t>(i)].row;
+      screened = screened && likeliest_alone(chunks[wanted[static_cast<size_t>(i)].chunk]);
       if (i == low || wanted[static_cast<size_t>(i)].chunk != wanted[static_cast<size_t>(i) - 1].chunk)
         firsts.push_back(i);
+    }
+    if (screened && likeliest(x, rows, high - low, normed, logits, found)) {
+      for (int64_t i = low; i < high; ++i)
+        if (Chunk &c = chunks[wanted[static_cast<size_t>(i)].chunk]; due(c, wanted[static_cast<size_t>(i)].token)) {
+          c.sampler->take(found[i - low]);
+          c.drawn.push_back(found[i - low]);
+        }
+      continue;
     }
     head(x, rows, high - low, normed, logits);
     firsts.push_back(high);

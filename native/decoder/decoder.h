@@ -7,6 +7,7 @@
 
 #include "decoder/block.h"
 #include "decoder/sample.h"
+#include "kernels/screen.h"
 
 namespace penjing {
 
@@ -15,6 +16,7 @@ struct Frame {
   int64_t hidden = 0, vocabulary = 0, positions = 0; // positions: of the longest sequence
   const Matrix *embedding = nullptr, *head = nullptr;
   const float *head_bias = nullptr;
+  const Screen *screen = nullptr; // of the head, or null
   Norm final_norm;
   float embedding_scale = 1, logit_scale = 1, logit_softcap = 0 /* 0: none */;
 };
@@ -87,6 +89,7 @@ private:
   void embed_per_layer(Pass &pass, const int64_t *tokens, const float *x);
   float *compute_all(const std::vector<Chunk> &chunks, Pass &pass);
   void head(const float *x, const int64_t *rows, int64_t count, float *normed, float *logits);
+  bool likeliest(const float *x, const int64_t *rows, int64_t count, float *normed, float *work, int64_t *found);
   void finish(Chunk &chunk, int64_t first, int64_t last, float *logits);
   void use(std::shared_ptr<KvPool> pool);
   int64_t floats_of_step(int64_t rows) const;
@@ -100,7 +103,8 @@ private:
   std::shared_ptr<KvPool> pool_;
   Buffer<float> states_;
   Memory memory_{0};
-  int64_t rows_ = 0; // that memory_ is enough for
+  int64_t rows_ = 0;    // that memory_ is enough for
+  int64_t unaided_ = 0; // draws that are made without the screen, since it left too many rows
 };
 
 } // namespace penjing

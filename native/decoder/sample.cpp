@@ -316,6 +316,8 @@ int64_t Sampler::next(float *logits, Logprobs *found, int64_t alternatives) {
   return token;
 }
 
+bool Sampler::greedy() const { return rules_.temperature < greedy_below && used_at_.empty() && !adjusts(); }
+
 bool Sampler::adjusts() const {
   const bool forbids_end = produced_ < rules_.min_tokens && !end_tokens_.empty();
   return forbids_end || !rules_.logit_bias.empty() || !used_.empty() || row_ < rows_;

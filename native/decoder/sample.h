@@ -56,6 +56,11 @@ public:
   // Changes the logits (vocabulary,). Throws SamplingError, and then has noted nothing.
   int64_t next(float *logits, Logprobs *found = nullptr, int64_t alternatives = 0);
 
+  // Is the next token the first of the greatest logits as they come, and so are those after it?
+  bool greedy() const;
+  // Notes the token that next() would have chosen.
+  void take(int64_t token) { note(token); }
+
   int64_t vocabulary() const { return vocabulary_; }
 
 private:

@@ -164,6 +164,14 @@ public:
     });
   }
 
+  void multiply_panels(const Rows &x, const std::vector<int64_t> &wanted, float *y, int64_t y_stride) const override {
+    const FloatProduct product{&weight_, x.padded(source_.group, source_.padded_group), nullptr, y, y_stride};
+    parallel_for(static_cast<int64_t>(wanted.size()), [&](int64_t i) {
+      const int64_t panel = wanted[static_cast<size_t>(i)];
+      kernels().float_product(product, panel, panel + 1, 0, x.m());
+    });
+  }
+
   void decode(const int64_t *wanted, int64_t count, float *out) const override {
     struct Decoded;
     const int64_t groups = source_.groups, group = source_.group, padded_group = source_.padded_group;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "runtime/pool.h"
@@ -63,6 +64,10 @@ CodedRows Rows::codes(const Segments &segments, float span) const {
 void Matrix::multiply(const Rows &x, const float *bias, float *y, int64_t y_stride) const {
   const Product product{this, bias, y, y_stride};
   multiply_all(x, &product, 1);
+}
+
+void Matrix::multiply_panels(const Rows &, const std::vector<int64_t> &, float *, int64_t) const {
+  throw std::logic_error(layout() + " has no product of some panels alone");
 }
 
 void multiply_all(const Rows &x, const Product *products, int count) {

@@ -5,6 +5,7 @@
 #include <list>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels/kernels.h"
 #include "runtime/buffer.h"
@@ -45,6 +46,7 @@ private:
 };
 
 struct Stored;
+class StoredReader;
 
 // One product among several of the same activations: y (m, matrix rows), its rows y_stride floats apart.
 class Matrix;
@@ -62,6 +64,8 @@ public:
 
   // y (m, rows) = x (m, columns) · weightᵀ + bias (or null), rows of y y_stride floats apart.
   void multiply(const Rows &x, const float *bias, float *y, int64_t y_stride) const;
+  // Of some panels of sixteen rows alone, each to the bit what multiply makes of it; only floats have this.
+  virtual void multiply_panels(const Rows &x, const std::vector<int64_t> &panels, float *y, int64_t y_stride) const;
   // out (count, columns): the numbers in the given rows, each in [0, rows).
   virtual void decode(const int64_t *wanted, int64_t count, float *out) const = 0;
   virtual int64_t bytes() const = 0; // resident
@@ -72,6 +76,7 @@ public:
 
 protected:
   friend void multiply_all(const Rows &x, const Product *products, int count);
+  friend class Screen;
 
   // A product in pieces that threads may do in any order, each once. `prepare` comes first, in the calling thread.
   virtual void prepare(const Rows &x) const = 0;

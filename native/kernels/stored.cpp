@@ -30,6 +30,7 @@ std::unique_ptr<Matrix> restored(uint8_t *bytes, int64_t size, std::shared_ptr<c
   switch (reader.header().stock) {
   case Stock::floats: return restored_floats(reader);
   case Stock::groups: return restored_groups(reader);
+  case Stock::screen: return restored_screen(reader);
   }
   throw Damaged("not a stored matrix: of no known kind");
 }

@@ -11,7 +11,7 @@
 
 namespace penjing {
 
-constexpr int64_t stored_layout = 2; // another one whenever the bytes that any kernel reads change
+constexpr int64_t stored_layout = 3; // another one whenever the bytes that any kernel reads change
 
 class Damaged : public std::runtime_error {
 public:
@@ -19,7 +19,7 @@ public:
 };
 
 constexpr int stored_arrays = 6;
-enum class Stock : int64_t { floats = 1, groups = 2 }; // which class it is
+enum class Stock : int64_t { floats = 1, groups = 2, screen = 3 }; // which class it is
 
 struct StoredHeader {
   Stock stock;
@@ -72,5 +72,6 @@ constexpr int64_t padded_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64;
 std::unique_ptr<Matrix> restored(uint8_t *bytes, int64_t size, std::shared_ptr<const void> owner);
 std::unique_ptr<Matrix> restored_floats(const StoredReader &reader);
 std::unique_ptr<Matrix> restored_groups(const StoredReader &reader);
+std::unique_ptr<Matrix> restored_screen(const StoredReader &reader);
 
 } // namespace penjing

@@ -27,6 +27,10 @@ class Matrix:
     def multiply(self, x: Floats, bias: Floats | None = None, out: Any = None) -> Floats: ...
     def decode(self, rows: NDArray[np.int64]) -> Floats: ...
 
+class Screen(Matrix):
+    def greatest(self, matrix: Matrix, x: Floats, scale: float = 1.0) -> tuple[NDArray[np.int64], int] | None: ...
+
+def screen_of(matrix: Matrix) -> Screen: ...
 def matrix_from_floats(values: Bits, bfloat16: bool, sparse: bool) -> Matrix: ...
 def matrix_from_codes(
     codes: Codes, bits: int, scale: Floats, zero_point: Codes | None, activations: str, sparse: bool
@@ -87,7 +91,12 @@ class KvPool:
 class Decoder:
     state_bytes: int
     def __init__(
-        self, config: Any, embedding: Matrix | None = None, head: Any = None, final_norm: Any = None
+        self,
+        config: Any,
+        embedding: Matrix | None = None,
+        head: Any = None,
+        final_norm: Any = None,
+        screen: Screen | None = None,
     ) -> None: ...
     def set_per_layer(self, per_layer: Any, layers: int, table: Matrix, projection: Any, norm: Any) -> None: ...
     def add_block(

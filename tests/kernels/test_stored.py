@@ -13,7 +13,7 @@ import pytest
 from penjing import kernels
 from penjing.formats.affine import AffineTensor, Grid
 from penjing.formats.mxfp4 import Mxfp4Tensor
-from penjing.kernels import Matrix, matrix_from, stored
+from penjing.kernels import Matrix, matrix_from, screen_of, stored
 
 HEADER = 128
 
@@ -47,6 +47,7 @@ def every_kind() -> dict[str, Matrix]:
     pairs = affine(np.random.RandomState(1), 33, 256, 4, 128, True)
     pairs.codes.reshape(-1, 4)[:, [1, 2]] = 0
     made["two of four"] = matrix_from(pairs, activations="int8-groups", sparse=True)
+    made["screen"] = screen_of(made["bfloat16 70×256"])
     blocks = rng.randint(0, 256, (18, 3, 16), np.uint8)
     scales = rng.randint(110, 130, (18, 3), np.uint8)
     made["mxfp4"] = matrix_from(Mxfp4Tensor(blocks, scales), activations="int8-groups")
@@ -95,8 +96,8 @@ def test_another_layout_has_another_number(tmp_path) -> None:
     this fails, in native/kernels/stored.h, and write the new digest here."""
     written(tmp_path / "all", list(KINDS.values()))
     assert (stored.LAYOUT, hashlib.sha256((tmp_path / "all").read_bytes()).hexdigest()) == (
-        2,
-        "77f6eab2d3e215fbedb9188e6586d6d807a3449fce4d3cef4ba8dfe65466d06f",
+        3,
+        "0ccfd1df0fa2399b468be43ba35775eb44aa5dd4c17bda511a1117b34d79bb6a",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import BadInput, OutOfBudget, Unsupported
 from ..hardware import memory_available_bytes, memory_limit_bytes
-from ..kernels import KvPool
+from ..kernels import KvPool, screen_bytes
 from ..models import ModelConfig, Outline
 from ..models.step import StepModel
 from .blocks import BLOCK, blocks_for
@@ -122,6 +122,17 @@ def limits(load: Load, config: ModelConfig | Outline, sizes: Sizes, budget: int)
         ),
         ledger,
     )
+
+
+def has_room_for_screen(load: Load, config: ModelConfig | Outline, expected: Sizes, budget: int) -> bool:
+    """Would what `limits` allows still be something with the head's screen, which speed alone asks for?"""
+    if isinstance(config, Outline):
+        return False
+    try:
+        limits(load, config, expected + Sizes(screen_bytes(config.vocab_size, config.hidden), 0, 0, 0), budget)
+    except OutOfBudget:
+        return False
+    return True
 
 
 def _mib(count: int) -> str:

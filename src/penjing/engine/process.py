@@ -96,8 +96,15 @@ def load(settings: Load) -> tuple[Engine, Ready]:
         check_tokens(drafts, checkpoint)
     budget.check_weights(stored + (drafts.size_bytes if drafts else 0), total)
     # Before anything is read, with the least that it can take.
-    budget.limits(settings, config, Sizes.expected(config, settings, stored, kv_type), total)
-    model = load_any(checkpoint, threads=settings.threads, length=settings.max_model_len, cache=settings.weight_cache)
+    expected = Sizes.expected(config, settings, stored, kv_type)
+    budget.limits(settings, config, expected, total)
+    model = load_any(
+        checkpoint,
+        threads=settings.threads,
+        length=settings.max_model_len,
+        cache=settings.weight_cache,
+        screen=budget.has_room_for_screen(settings, config, expected, total),
+    )
     sizes = Sizes.of(model, settings, kv_type)
     draft = load_model(drafts, length=settings.max_model_len, cache=settings.weight_cache) if drafts else None
     if draft is not None:

@@ -20,6 +20,7 @@ from .._native import (
 from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
+from .screen import Screen, can_screen, screen_bytes, screen_of, screen_shape
 from .stream import (
     Steps,
     add_gram,
@@ -47,11 +48,13 @@ __all__ = [
     "KvPool",
     "Matrix",
     "Sampler",
+    "Screen",
     "Steps",
     "activate",
     "add_gram",
     "bitmask_decode",
     "bitmask_encode",
+    "can_screen",
     "causal_attention",
     "checksum",
     "delta",
@@ -69,6 +72,9 @@ __all__ = [
     "quantize_packed",
     "rotate",
     "route",
+    "screen_bytes",
+    "screen_of",
+    "screen_shape",
     "search_steps",
     "set_threads",
     "settle",

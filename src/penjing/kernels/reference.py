@@ -93,6 +93,17 @@ def group_matrix(x: Floats, weight: AffineTensor, bias: Floats | None = None, un
     return y if bias is None else y + bias
 
 
+def screen(weight: Floats) -> Floats:
+    """What a screen keeps of a weight (out, in): codes of 8 bits times a step, absmax / 127, for 128 columns."""
+    kept = np.empty_like(weight)
+    for start in range(0, weight.shape[1], GROUP_COLUMNS):
+        part = weight[:, start : start + GROUP_COLUMNS]
+        step = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+        kept[:, start : start + GROUP_COLUMNS] = np.clip(np.rint(part * inverse), -127, 127) * step
+    return kept
+
+
 def affine_activation(x: Floats, axes: tuple[int, ...], step: float | None, zero: int) -> tuple[Any, Any, Any]:
     """Codes int8, steps and zero points of activations; without a step, from the range over ``axes``."""
     if step is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .. import _native
 from .matrix import Matrix
+from .screen import Screen
 
 LAYOUT: int = _native.STORED_LAYOUT  # another one when the bytes mean something else; the same for all machines
 
@@ -22,4 +23,8 @@ def restore(file: int, sections: Sequence[tuple[int, int, int]]) -> list[Matrix 
     says of itself does not fit its bytes. Raises ValueError for offsets that cannot be, MemoryError.
     """
     found = _native.load_matrices(file, list(sections))
-    return [None if native is None else Matrix(native) for native in found]
+    return [None if native is None else _wrapped(native) for native in found]
+
+
+def _wrapped(native: _native.Matrix) -> Matrix:
+    return Screen(native) if isinstance(native, _native.Screen) else Matrix(native)

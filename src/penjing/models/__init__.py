@@ -104,19 +104,21 @@ def load(
     activations: Activations = "auto",
     length: int | None = None,
     cache: bool = False,
+    screen: bool = False,
 ) -> Model:
     """A whole model in memory.
 
     threads: for the kernels of this process; all cores by default.  activations: "auto" quantizes them on the fly to
     int8 where weights are integers, "float" only where config.json says so.  length: of the longest sequence, the
     model's own by default.  cache: keep the packed weights in a file, and take them from there; see docs/cache.md.
+    screen: keep a float head in 8 bits too, by which the likeliest token is found while half as much is read.
     """
     use_threads(threads)
     checkpoint = _open(model)
     config = read_config(checkpoint)
     check_tensors(checkpoint, config)
-    with (weight_cache(checkpoint, activations) if cache else None) or contextlib.nullcontext() as kept:
-        return Model(checkpoint, config, activations, length, kept)
+    with (weight_cache(checkpoint, activations, screen) if cache else None) or contextlib.nullcontext() as kept:
+        return Model(checkpoint, config, activations, length, kept, screen)
 
 
 def stream(model: str | Path | Checkpoint, *, activations: Activations = "auto") -> Stream:
@@ -134,12 +136,13 @@ def load_any(
     activations: Activations = "auto",
     length: int | None = None,
     cache: bool = False,
+    screen: bool = False,
 ) -> Model | Graph:
     """`load`; for a family without a description transformers' graph, and a line in the log that says so."""
     checkpoint = _open(model)
     outline = read_any(checkpoint)
     if isinstance(outline, ModelConfig):
-        return load(checkpoint, threads=threads, activations=activations, length=length, cache=cache)
+        return load(checkpoint, threads=threads, activations=activations, length=length, cache=cache, screen=screen)
     use_threads(threads)
     _say_slower(checkpoint, outline)
     from .foreign.graph import Graph

@@ -210,7 +210,7 @@ def read_index(file: int) -> Index:
     return index
 
 
-def weight_cache(checkpoint: Checkpoint, activations: str) -> WeightCache | None:
+def weight_cache(checkpoint: Checkpoint, activations: str, screen: bool = False) -> WeightCache | None:
     """The cache of a checkpoint; None for small ones, and where there is no place."""
     files = [path.stat() for path in checkpoint.weight_paths]
     total = sum(file.st_size for file in files)
@@ -230,6 +230,7 @@ def weight_cache(checkpoint: Checkpoint, activations: str) -> WeightCache | None
         "activations": activations,
         "penjing": __version__,
         "layout": str(stored.LAYOUT),
+        "screen": str(screen),
     }
     key = hashlib.sha256(f"{place}\n{activations}".encode()).hexdigest()[:16]
     return WeightCache(folder / f"{place.name}-{key}{SUFFIX}", identity)

@@ -21,6 +21,7 @@ from .weights import (
     load_final_norm,
     load_head,
     load_matrix,
+    load_screen,
     load_weights,
     read_norm,
 )
@@ -40,18 +41,26 @@ class Model:
         activations: Activations = "auto",
         length: int | None = None,
         cache: WeightCache | None = None,
+        screen: bool = False,
     ) -> None:
         """length: of the longest sequence; rotary positions of some families depend on it.  cache: where packed
-        matrices are kept."""
+        matrices are kept.  screen: see `load`."""
         self.from_cache = cache is not None and cache.hit
         self.config = config.for_length(config.max_position if length is None else length)
         self.embedding = load_embedding(checkpoint, config, activations, cache)
         self.head = self.embedding if config.tied_embeddings else load_head(checkpoint, config, activations, cache)
+        self.screen = load_screen(config, self.head, cache) if screen else None
         self.final_norm = load_final_norm(checkpoint, config)
         self.weights = [
             load_weights(checkpoint, self.config, index, activations, cache) for index in range(config.layers)
         ]
-        self._decoder = _native.Decoder(self.config, self.embedding.native, (self.head.native, None), self.final_norm)
+        self._decoder = _native.Decoder(
+            self.config,
+            self.embedding.native,
+            (self.head.native, None),
+            self.final_norm,
+            None if self.screen is None else self.screen.native,
+        )
         self._more = self._add_per_layer(checkpoint, activations, cache)
         caches = cache_numbers(self.config)
         for block, weights in zip(self.config.blocks, self.weights, strict=True):
@@ -73,15 +82,19 @@ class Model:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weight matrices as they lie in memory."""
+        """Bytes of all weight matrices as they lie in memory, the head's screen too."""
         blocks = [matrix for weights in self.weights for matrix in weights.matrices]
-        matrices = {id(matrix): matrix for matrix in (self.embedding, self.head, *self._more, *blocks)}
+        more = self._more if self.screen is None else [self.screen, *self._more]
+        matrices = {id(matrix): matrix for matrix in (self.embedding, self.head, *more, *blocks)}
         return sum(matrix.nbytes for matrix in matrices.values())
 
     @property
     def read_bytes(self) -> int:
-        """Of the weights that one token of one sequence reads: all but the embedding, of which it is one row."""
-        return self.weights_bytes - (0 if self.head is self.embedding else self.embedding.nbytes)
+        """Of the weights that the likeliest token of one sequence reads: all but the embedding, of which it is one row,
+        and, beside a screen, the head, of which it is few."""
+        used = {id(self.head)} if self.screen is None else set()
+        unread = {id(matrix): matrix.nbytes for matrix in (self.embedding, self.head) if id(matrix) not in used}
+        return self.weights_bytes - sum(unread.values())
 
     @property
     def has_state(self) -> bool:

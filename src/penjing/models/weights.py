@@ -17,7 +17,7 @@ from ..formats.affine import AffineTensor
 from ..formats.bitmask import BitmaskTensor
 from ..formats.floats import FloatTensor
 from ..formats.mxfp4 import Mxfp4Tensor
-from ..kernels import Matrix, matrix_from
+from ..kernels import Matrix, Screen, can_screen, matrix_from, screen_of, screen_shape
 from .cache import WeightCache
 from .config import Experts, LatentAttention, Linear, ModelConfig, Norm, Source
 from .layers import Array, LinearLayer
@@ -320,3 +320,15 @@ def load_head(
 ) -> Matrix:
     """What turns hidden states into logits (vocabulary, hidden): its own weights, or the embedding's."""
     return load_matrix(checkpoint, config.head, (config.vocab_size, config.hidden), activations, cache)
+
+
+def load_screen(config: ModelConfig, head: Matrix, cache: WeightCache | None = None) -> Screen | None:
+    """What finds the head's greatest logit by half of its bytes; None where it has none.
+
+    Integers are read as fast as their screen would be, and a soft cap makes different products equal.
+    """
+    if not can_screen(head) or config.logit_softcap or not 2**-20 <= config.logit_scale <= 2**20:
+        return None
+    shape = screen_shape(head.rows, head.columns)
+    screen = _kept(cache, f"{config.head}.screen", shape, lambda: screen_of(head))
+    return screen if isinstance(screen, Screen) else screen_of(head)

@@ -87,7 +87,7 @@ INT4 = {"weights": "4 bits, a float16 step for 128", "activations": "int8, a ste
 SPARSE = INT4 | {"weights": "4 bits, a step for 128, half of them zero"}
 TWO_OF_FOUR = INT4 | {"weights": "4 bits, a step for 128, two of each four zero"}
 INT8 = {"weights": "8 bits, a step a row", "activations": "int8, a step for 128"}
-FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16"}, {"head": "as the rest"}
+FLOAT_HEAD, SMALL_HEAD = {"head": "bfloat16, screened by 8 bits"}, {"head": "as the rest"}
 WORDS = {
     "int4": INT4 | FLOAT_HEAD,
     "int4h4": INT4 | SMALL_HEAD,

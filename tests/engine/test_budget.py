@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from penjing import models
+from penjing import kernels, models
 from penjing.engine import budget
 from penjing.engine.messages import Load
 from penjing.engine.process import load
@@ -52,6 +52,24 @@ def test_recurrent_state_is_counted_and_keeps_prefixes_apart(config) -> None:
     assert (limits.blocks, limits.prefix_caching) == (42, False)
     with pytest.raises(Unsupported, match="recurrent state"):
         budget.limits(Load(folder="", max_num_seqs=4, enable_prefix_caching=True), config, sizes, REST + 50 * MIB)
+
+
+def test_a_screen_takes_no_sequence_its_length(config) -> None:
+    screen = kernels.screen_bytes(config.vocab_size, config.hidden)
+    for settings, enough in ((Load(folder="", max_num_seqs=1), 32), (Load(folder="", max_model_len=512), 16)):
+        room = REST + enough * MIB + screen
+        assert budget.has_room_for_screen(settings, config, SIZES, room)
+        assert not budget.has_room_for_screen(settings, config, SIZES, room - 1)
+
+
+def test_the_screen_counts_as_weights(monkeypatch) -> None:
+    settings = Load(folder=str(NOVELIST), max_num_seqs=1)
+    engine, screened = load(settings)
+    assert engine.model.screen is not None
+    monkeypatch.setattr(budget, "has_room_for_screen", lambda *_: False)
+    plain_engine, plain = load(settings)
+    assert plain_engine.model.screen is None
+    assert plain.weights_bytes == screened.weights_bytes - engine.model.screen.nbytes
 
 
 def test_refusals_before_anything_is_loaded(config) -> None:

@@ -125,14 +125,15 @@ def limits(load: Load, config: ModelConfig | Outline, sizes: Sizes, budget: int)
 
 
 def has_room_for_screen(load: Load, config: ModelConfig | Outline, expected: Sizes, budget: int) -> bool:
-    """Would what `limits` allows still be something with the head's screen, which speed alone asks for?"""
+    """Does the model fit beside its head's screen, which speed alone asks for, and are sequences as long as without?"""
     if isinstance(config, Outline):
         return False
+    more = Sizes(screen_bytes(config.vocab_size, config.hidden), 0, 0, 0)
     try:
-        limits(load, config, expected + Sizes(screen_bytes(config.vocab_size, config.hidden), 0, 0, 0), budget)
+        screened = limits(load, config, expected + more, budget)[0]
     except OutOfBudget:
         return False
-    return True
+    return screened.max_model_len == limits(load, config, expected, budget)[0].max_model_len
 
 
 def _mib(count: int) -> str:

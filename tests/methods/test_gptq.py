@@ -112,6 +112,20 @@ def test_sweeps_never_lose(grid: Grid) -> None:
     assert losses[0] < 0.75 * loss(weight, rtn.solve(weight, statistics, rtn.Config(grid)).decode(), damped)
 
 
+def test_sweeps_never_lose_where_one_direction_holds_most_of_the_input() -> None:
+    """Slopes are small differences of large sums then, which bfloat16 would lose."""
+    rng = np.random.default_rng(0)
+    along = rng.standard_normal((2048, 1)) * rng.standard_normal(1024)
+    x = rng.standard_normal((2048, 1024)) + 10 * along
+    weight, h = rng.standard_normal((64, 1024)).astype(np.float32), x.T @ x / len(x)
+    damped = h + 0.01 * np.diag(h).mean() * np.eye(1024)
+    losses = [
+        loss(weight, gptq.solve(weight, hessian(h), gptq.Config(Grid(3, 128), sweeps=sweeps)).decode(), damped)
+        for sweeps in (0, 1, 2)
+    ]
+    assert (np.diff(losses) <= 0).all()
+
+
 def test_after_enough_sweeps_no_single_code_can_be_better() -> None:
     weight, _, statistics = layer(4, 24, 5)
     tensor = gptq.solve(weight, statistics, gptq.Config(Grid(3, -1), damping=0.01, sweeps=100))

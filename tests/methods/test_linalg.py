@@ -45,6 +45,30 @@ def test_damping_grows_until_it_is_enough() -> None:
     assert linalg.factor(hessian(np.zeros((3, 3))), 3, 0.01, False).damping == 0.01  # nothing was seen: the identity
 
 
+def test_the_factor_is_float64s_where_float32_is_not_enough() -> None:
+    """One direction with nearly all of the input: the other pivots are what rounding leaves of it."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1200, 600))
+    x += 3e3 * rng.standard_normal((1200, 1)) * np.ones(600)
+    h = (x.T @ x / len(x)).astype(np.float32).astype(np.float64)
+    for damping, close in ((1e-2, 2e-2), (1e-5, 1e-6)):
+        found = linalg.factor(hessian(h), 600, damping, False)
+        damped = h + damping * np.diag(h).mean() * np.eye(600)
+        lower = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        np.testing.assert_allclose(found.diagonal, np.diag(lower) ** 2, rtol=close)
+        assert found.damping == damping
+
+
+def test_float32_is_not_believed_where_it_finds_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """b + a on the diagonal, b beside it: with k columns to come, a pivot is a + b a / (a + k b)."""
+    monkeypatch.setattr(linalg, "ENOUGH_DAMPING", 0)
+    n, b, damping = 600, 2.0**23, 1e-9
+    found = linalg.factor(hessian(b * np.ones((n, n)) + np.eye(n)), n, damping, False)
+    a = 1 + damping * (b + 1)
+    assert found.damping == damping
+    np.testing.assert_allclose(found.diagonal, a + b * a / (a + np.arange(n)[::-1] * b), rtol=1e-5)
+
+
 def test_what_is_no_hessian_is_refused() -> None:
     with pytest.raises(BadInput, match="negative diagonal"):
         linalg.factor(hessian(-np.eye(3)), 3, 0.01, False)

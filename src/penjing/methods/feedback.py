@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .. import kernels
 from .linalg import Factor
+from .statistics import evenly
 
 Floats = NDArray[np.float32]
 # As `kernels.settle`, on integers, floats or neither: (base, coupling, reference, kept, steps) → codes, errors
@@ -24,6 +26,8 @@ Settle = Callable[..., tuple[Any, Floats]]
 BLOCK = 128
 # Columns whose part of the errors outside of them is found at once: few rows multiply at a third of the speed.
 WIDE = 512
+# A part of the loss: where columns that go where a rounded slope shows them would lose more, slopes are not rounded.
+DOUBT = 0.1
 
 
 def by_columns(weight: NDArray[Any], order: NDArray[np.int64] | None = None) -> Floats:
@@ -80,13 +84,15 @@ class Descent:
         self._settle = settle
         self.weight, self.error, self.hessian, self.ridge = weight, error, hessian, np.float32(ridge)
         self._wide, self._last = slice(0, 0), 0
-        self._others = error[:0]
+        self._others, self._pairs = error[:0], False
 
     def slope(self, start: int, stop: int) -> Floats:
         """Half the loss's derivative by the errors of columns [start, stop): (stop − start, out).
 
         Errors may change from call to call in the columns that were asked for, and in those up to the next ones.
         """
+        if start == 0:
+            self._pairs = kernels.has_pairs() and not _too_rough(self.hessian, self.error, ridge=float(self.ridge))
         if start < self._last or stop > self._wide.stop:
             self._wide = slice(start, min(max(stop, start + WIDE), len(self.error)))
             self._others = self._slope_by_others(self._wide)
@@ -100,11 +106,12 @@ class Descent:
         """H's rows of these columns times the errors of all other columns.
 
         In pairs of bfloat16 where the processor has them, 1.5 times as fast: after two sweeps a layer's loss is 1.0004
-        × what it is by float32 (mean of the demo's layers at 3 bits, 1.008 at most; without sweeps 1.049).
+        × what it is by float32 (mean of the demo's layers at 3 bits, 1.008 at most; without sweeps 1.049). Where one
+        direction holds most of what comes in, slopes are small differences of large sums, and stay float32.
         """
         own = self.error[wide].copy()
         self.error[wide] = 0
-        if kernels.has_pairs():
+        if self._pairs:
             found = kernels.pair_product(self.hessian, wide.start, wide.stop, self.error)
         else:
             found = self.hessian[wide] @ self.error
@@ -129,3 +136,17 @@ class Descent:
         codes, moved = self._settle(base, self.hessian[at, at] * share.T, now, kept, steps)
         self.error[at] += moved
         return codes
+
+
+def _too_rough(hessian: Floats, error: Floats, ridge: float, columns: int = 256, rows: int = 64) -> bool:
+    """Would slopes in bfloat16 lose more than `DOUBT` of the loss? Asked of so many columns and rows, evenly chosen.
+
+    A slope that is off by δ puts its column δ / curve beside its best place, which costs δ² / curve.
+    """
+    some = evenly(len(hessian), columns)
+    h, e = hessian[some], np.ascontiguousarray(error[:, evenly(error.shape[1], rows)])
+    off = h.astype(bfloat16).astype(np.float32) @ e.astype(bfloat16).astype(np.float32) - h @ e
+    curve = hessian[some, some, None] + np.float32(ridge)
+    lost = np.square(off).sum(axis=1, keepdims=True) / np.where(curve > 0, curve, np.inf)
+    loss = float(np.einsum("no,no->", hessian @ e, e)) + ridge * float(np.square(e).sum())
+    return bool(lost.sum() * len(hessian) / len(some) > DOUBT * loss)

@@ -34,9 +34,12 @@ def refine(
     """
     if not sweeps:
         return
-    steps = np.repeat(rounder.scale, rounder.width, axis=0)
-    descent = Descent(weight, weight - centred * steps, hessian, ridge)
-    del steps
+    error = np.empty_like(weight)
+    for group, scale in enumerate(rounder.scale):
+        columns = slice(group * rounder.width, (group + 1) * rounder.width)
+        np.multiply(centred[columns], -scale, out=error[columns])
+    error += weight
+    descent = Descent(weight, error, hessian, ridge)
     for _ in range(sweeps):
         for start, stop in blocks(len(weight), rounder.width):
             group = start // rounder.width

@@ -55,6 +55,7 @@ def needs_data(rule: Rule) -> bool:
 def ask(calibrator: Calibrator, rules: Mapping[str, Rule]) -> None:
     """Have a calibrator without rules of its own collect what `decide` reads."""
     modules = [module for rule, some in measured(rules).items() if needs_data(rule) for module in some]
+    calibrator.exact = True
     calibrator.collect({f"{module}.weight": ("input_norm",) for module in modules})
 
 

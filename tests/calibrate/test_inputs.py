@@ -12,6 +12,7 @@ import torch
 from calibrate_models import FAMILIES, SHAPE, make, text
 from penjing.calibrate import Calibration, Calibrator, open_calibrator
 from penjing.checkpoint import open_checkpoint
+from penjing.checkpoint.safetensors import SafetensorsFile
 from penjing.models.stacked import unstack
 from penjing.presets import build
 
@@ -67,6 +68,51 @@ def test_statistics_are_those_of_the_whole_model(family: str, tmp_path: Path) ->
     )
     assert compared == linears
     assert len(made.order) == SHAPE["num_hidden_layers"]
+
+
+def last_block(model: Any, path: str, tokens: np.ndarray) -> Any:
+    """What leaves a block of the whole model."""
+    left: list[Any] = []
+    hook = model.get_submodule(path).register_forward_hook(
+        lambda module, args, out: left.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(tokens))
+    hook.remove()
+    return left[0].double().numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_stored_in_bfloat16_are_computed_in_it_as_well_as_by_transformers(family: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", family, torch.bfloat16)
+    made = calibrator(tmp_path / "model", tmp_path)
+    made.dtype = torch.bfloat16  # whatever this processor is fast at
+    made.collect({})
+    for block in made.order:
+        with made.open(block, lambda share: None) as opened:
+            assert opened.live.states == torch.bfloat16
+            assert {t.dtype for t in opened.live.module.parameters()} == {torch.bfloat16}
+            opened.advance()
+    with SafetensorsFile(made.file(len(made.order))) as file:
+        found = file.read("hidden", slice(0, len(made.tokens))).astype(np.float64)
+    path = made.graph.modules[made.order[-1]]
+    exact = last_block(model, path, made.tokens)
+    theirs = last_block(model.to(torch.bfloat16), path, made.tokens)
+    whole = np.square(exact).mean()
+    assert 0 < np.square(found - exact).mean() < 2 * np.square(theirs - exact).mean() < 0.02 * whole
+
+
+def test_what_is_measured_or_stored_wider_is_computed_in_float32(tmp_path: Path) -> None:
+    make(tmp_path / "short", "llama", torch.bfloat16)
+    short = calibrator(tmp_path / "short", tmp_path)
+    short.dtype, short.exact = torch.bfloat16, True
+    make(tmp_path / "half", "llama", torch.float16)
+    half = calibrator(tmp_path / "half", tmp_path)
+    half.dtype = torch.bfloat16
+    for made in (short, half):
+        with made.open(made.order[0], lambda share: None) as opened:
+            assert opened.live.states == torch.float32
+            assert opened.run(opened.batches()[0]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

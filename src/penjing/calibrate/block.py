@@ -27,11 +27,12 @@ class _Place:
 class LiveBlock:
     """A block whose tensors are read as it is made, and freed as its context ends.
 
-    name: the checkpoint's block.  module: transformers' module of it.
+    name: the checkpoint's block.  module: transformers' module of it.  dtype: what products are made in.  states: what
+    it computes in between them.
     """
 
-    def __init__(self, graph: Graph, name: str, dtype: torch.dtype) -> None:
-        self.graph, self.name, self.dtype = graph, name, dtype
+    def __init__(self, graph: Graph, name: str, dtype: torch.dtype, states: torch.dtype) -> None:
+        self.graph, self.name, self.dtype, self.states = graph, name, dtype, states
         self.module = graph.model.get_submodule(graph.modules[name])
         self.parts = graph.block_parts(name)
         self._places: dict[str, list[_Place]] = {}
@@ -40,7 +41,7 @@ class LiveBlock:
 
     def __enter__(self) -> LiveBlock:
         for target, part in self.parts.items():
-            tensor = self.graph.filled(target)
+            tensor = self.graph.filled(target, self.states)
             self.graph.put(target, tensor)
             self._note(tensor, part)
         return self
@@ -108,7 +109,7 @@ class LiveBlock:
             rows[piece.at : piece.at + piece.rows] = to_torch(matrix[piece.first : piece.first + piece.rows])
 
     def run(self, call: Call, hidden: Tensor, seen: Any = None) -> Tensor:
-        """Hidden states (batch, length, width), float32, that come out for those that come in.
+        """Hidden states (batch, length, width) that come out for those that come in, which are of the type ``states``.
 
         seen: is told of each product, as `products.Products` says.
         """

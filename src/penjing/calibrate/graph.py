@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
@@ -53,23 +54,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with; its hidden states come in place of the first argument, or of ``hidden_states``."""
+    """What a block was called with; its hidden states come in place of the first argument, or of ``hidden_states``.
+
+    Other floating arguments (angles, masks) are given to it in the type of the hidden states.
+    """
 
     block: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        if self.args:
-            found = module(hidden, *self.args[1:], **self.kwargs)
-        else:
-            found = module(**{**self.kwargs, "hidden_states": hidden})
+        args, kwargs = tree_map_only(Tensor, lambda each: _alike(each, hidden), (self.args[1:], self.kwargs))
+        by_name = {} if self.args else {"hidden_states": hidden}
+        found = module(*((hidden, *args) if self.args else ()), **{**kwargs, **by_name})
         result: Tensor = found[0] if isinstance(found, tuple) else found
         return result
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments but the hidden states, in order."""
         return list(_tensors([self.args[1:], {k: v for k, v in self.kwargs.items() if k != "hidden_states"}]))
+
+
+def _alike(tensor: Tensor, hidden: Tensor) -> Tensor:
+    return tensor.to(hidden.dtype) if tensor.is_floating_point() else tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -134,6 +141,16 @@ class Graph:
             found += tensor.numel() * self._dtype(part, module, last, tensor).itemsize
         return found
 
+    def states(self, block: str, dtype: torch.dtype) -> torch.dtype:
+        """The type of hidden states in a block whose products are made in ``dtype``: that where all of it is stored so,
+        as its own code was written for, else float32."""
+        names = {name for part in self.block_parts(block).values() for _, name in part.sources}
+        stored = {self._stored(name) for name in names if self.checkpoint.infos[name].dtype.kind in "fV"}
+        return dtype if stored == {dtype} else torch.float32
+
+    def _stored(self, name: str) -> torch.dtype:
+        return to_torch(np.zeros(0, self.checkpoint.infos[name].dtype)).dtype
+
     def check_filled(self, block: str) -> None:
         """BadCheckpoint when a tensor that the graph of a block needs is not in the checkpoint."""
         prefix = self.modules[block]
@@ -144,15 +161,16 @@ class Graph:
                     f" transformers' {type(self.model).__name__} calls for it"
                 )
 
-    def filled(self, target: str) -> Tensor:
-        """A tensor of the graph, read from the checkpoint: what linear layers multiply with as stored, else float32."""
+    def filled(self, target: str, other: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of the graph, read from the checkpoint: what linear layers multiply with as stored, what else is
+        floating as ``other``."""
         part, empty, (module, last) = self.parts[target], self.tensor(target), self.owner(target)
         if part.pieces is None:
             values = self._converted(target, part)
             if values.shape != empty.shape:
                 raise self._misshapen(target, values.shape, empty.shape)
-            return values.to(self.device)
-        filled = torch.empty(empty.shape, dtype=self._dtype(part, module, last, empty), device=self.device)
+            return values.to(self.device, other if values.is_floating_point() else values.dtype)
+        filled = torch.empty(empty.shape, dtype=self._dtype(part, module, last, empty, other), device=self.device)
         rows, covered = as_rows(filled, part), 0
         for piece in part.pieces:
             shape = self.checkpoint.infos[piece.name].shape
@@ -166,13 +184,14 @@ class Graph:
             raise BadCheckpoint(f"{self.checkpoint.path}: tensors of {target} make {covered} of its {len(rows)} rows")
         return filled
 
-    def _dtype(self, part: Part, module: nn.Module, last: str, empty: Tensor) -> torch.dtype:
+    def _dtype(
+        self, part: Part, module: nn.Module, last: str, empty: Tensor, other: torch.dtype = torch.float32
+    ) -> torch.dtype:
         """What products are made with stays as it is stored; what is not floating stays what it is."""
         if not empty.is_floating_point():
             return empty.dtype
-        stored = self.checkpoint.infos[part.sources[0][1]]
         products = empty.ndim > 1 and (isinstance(module, nn.Linear) or len(part.sources) > 1)
-        return to_torch(np.zeros(0, stored.dtype)).dtype if products else torch.float32
+        return self._stored(part.sources[0][1]) if products else other
 
     def _converted(self, target: str, part: Part) -> Tensor:
         converter = copy.deepcopy(part.converter)

@@ -171,7 +171,8 @@ class Sums:
 
     def add(self, x: Tensor) -> None:
         """Rows (n, columns); BadInput for a NaN or an infinity."""
-        rows = x.detach().to(torch.float32)
+        only_pairs = self._pairs and self._sums.keys() == {"hessian"}  # which are made of bfloat16
+        rows = x.detach() if only_pairs else x.detach().to(torch.float32)
         if _has_nonfinite(rows):
             raise BadInput("the layer's input has a NaN or an infinity: the model overflows on this text")
         self.count += len(rows)

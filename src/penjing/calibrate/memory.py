@@ -83,7 +83,8 @@ def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:
 
 
 def activations(calibrator: Calibrator, block: str) -> int:
-    """A batch through a block: what goes into and comes out of each layer, float32, and attention's own."""
+    """A batch through a block: what goes into and comes out of each layer, and once more as it is multiplied, and
+    attention's own."""
     infos = calibrator.checkpoint.infos
     tokens = calibrator.batch * calibrator.tokens.shape[1]
     layers, experts, largest = 0, [0], 0
@@ -101,13 +102,13 @@ def activations(calibrator: Calibrator, block: str) -> int:
     # a panel of the hessian, or the rows in bfloat16 and again in pairs of them
     products = max(8 * min(PANEL, columns), 4 * tokens) * columns
     masks = 3 * calibrator.batch * calibrator.tokens.shape[1] ** 2 * 4
-    within = 6 * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
+    within = (2 + calibrator.states(block).itemsize) * (layers + 3 * max(experts) + 6 * calibrator.width) + routing
     return int(tokens * within + turned + products + masks)
 
 
 def held_bytes(calibrator: Calibrator, block: str) -> int:
-    """All of the text in the middle of a block, float32: what comes into its widest layer, what goes around it, and
+    """All of the text in the middle of a block: what comes into its widest layer, what goes around it, and
     what attention made, which is as wide as six of the block's input at most."""
     infos = calibrator.checkpoint.infos
     widest = max((max(infos[name].shape) for name in calibrator.wanted(block)), default=0)
-    return int(4 * calibrator.tokens.size * (widest + 6 * calibrator.width))
+    return int(calibrator.states(block).itemsize * calibrator.tokens.size * (widest + 6 * calibrator.width))

@@ -25,7 +25,10 @@ class Owner(Protocol):
 
 
 class Products(TorchFunctionMode):
-    """Within it, products with an owner's weights are made in ``dtype`` and summed in float32; results are float32."""
+    """Within it, products with an owner's weights are made in ``dtype`` and summed in float32.
+
+    Results are of the input's type.
+    """
 
     def __init__(self, owner: Owner, dtype: torch.dtype, seen: Seen | None) -> None:
         super().__init__()
@@ -39,6 +42,8 @@ class Products(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         names = self.owner.names_of(weight)
+        if self._last is not None and self._last[0] is not input:
+            self._last = None  # whoever sees the input may be at work for long
         if names and self.seen is not None:
             self.seen(names, input)
         if not names:
@@ -46,7 +51,7 @@ class Products(TorchFunctionMode):
         if self.dtype == torch.float32 and weight.device.type == "cpu" and weight.dtype == input.dtype == self.dtype:
             product = _product(input, weight)
         else:
-            product = functional.linear(self._cast(input), weight.to(self.dtype)).to(torch.float32)
+            product = functional.linear(self._cast(input), weight.to(self.dtype)).to(input.dtype)
         return product if bias is None else product + bias
 
     def _cast(self, input: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ class Calibrator:
     tokens: int64 (samples, length).  rules: module → what will be done to it.  folder: for the hidden states.
     dtype: what products are made in.  own: what the model is to write itself; tokens only stand in until `prepare`.
     budget: bytes that statistics may take at once.  batch: samples that go through a block at a time, at first the
-    first of `batches`.  at_once: may all of them be held in the middle of a block? These are to be set before the
-    first block.
+    first of `batches`.  at_once: may all of them be held in the middle of a block?  exact: are small differences
+    between hidden states to be measured? These are to be set before the first block.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Calibrator:
         self.rules = rules
         self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
         self.batches = tuple(dict.fromkeys(max(1, size // tokens.shape[1]) for size in BATCH_TOKENS))
-        self.batch, self.at_once = self.batches[0], False
+        self.batch, self.at_once, self.exact = self.batches[0], False, False
         self._calls: dict[int, list[Call]] = {}
         self._static = True
         self._look_at_calls()
@@ -118,6 +118,11 @@ class Calibrator:
         experts = any(EXPERT.match(name) and need for name, need in self.needs.items())
         batches = -(-len(self.tokens) // self.batches[0])
         return self.teacher is None and bool(self.rules) and not experts and batches <= MOST_HELD
+
+    def states(self, block: str) -> torch.dtype:
+        """What a block computes in between its products: as `Graph.states`; float32 where it is measured or trained."""
+        measured = self.exact or self.teacher is not None
+        return torch.float32 if measured else self.graph.states(block, self.dtype)
 
     def collect(self, needs: Mapping[str, tuple[str, ...]]) -> None:
         """Wish for statistics beside those of the rules (weight → which), and for what comes out of every block."""
@@ -173,7 +178,7 @@ class Calibrator:
         if not self.file(number).exists():
             raise PenjingError(f"{self.file(number)} is missing: run with --restart")
         with (
-            LiveBlock(self.graph, block, self.dtype) as live,
+            LiveBlock(self.graph, block, self.dtype, self.states(block)) as live,
             SafetensorsFile(self.file(number)) as hidden,
             closing(OpenBlock(self, live, number, hidden, tick)) as opened,
         ):
@@ -181,7 +186,7 @@ class Calibrator:
 
     def _write(self, number: int, parts: Iterator[Tensor]) -> None:
         dtype = self._stored()
-        arrays = (to_numpy(part.to(torch.float32).cpu()).astype(dtype) for part in parts)
+        arrays = (to_numpy(part.cpu()).astype(dtype, copy=False) for part in parts)
         shape = (*self.tokens.shape, self.width)
         write_safetensors(self.file(number), {"hidden": Chunks(dtype, shape, arrays)})
 
@@ -266,8 +271,8 @@ class OpenBlock:
         if not asked:
             return
         first = self.owner._batches()[0]
-        hidden = to_torch(self._hidden.read("hidden", first)).to(self.owner.device, torch.float32)
-        folder = Folder(self.live, lambda: self._run(first) - hidden)
+        hidden = self.hidden(first)
+        folder = Folder(self.live, lambda: (self._run(first) - hidden).to(torch.float32))
         for some in portions(asked, self.owner.budget):
             collecting = self._collect(some)
             for each in some:
@@ -315,11 +320,11 @@ class OpenBlock:
         return self.owner._call(self.number, rows)
 
     def hidden(self, rows: slice) -> Tensor:
-        """What comes into the block for some rows of text: float32."""
-        return to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, torch.float32)
+        """What comes into the block for some rows of text, in the type that it computes in."""
+        return to_torch(self._hidden.read("hidden", rows)).to(self.owner.device, self.live.states)
 
     def run(self, rows: slice) -> Tensor:
-        """What leaves the block for some rows of text, with its weights as they are now: float32."""
+        """What leaves the block for some rows of text, with its weights as they are now."""
         return self._run(rows)
 
     def _run(self, rows: slice, seen: Any = None) -> Tensor:

@@ -34,7 +34,7 @@ from penjing.stats import paired_change
 ROOT = Path(__file__).parents[1]
 LENGTH = 512
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRAINED = {"epochs": 7, "rate": 0.03, "codes": True}
+TRAINED = {"epochs": 4, "rate": 0.02, "codes": True, "tokens": 512, "distill": 1}
 SYMMETRIC = {2: False, 3: False, 4: True, 8: True}  # with few bits every tool is better with zero points
 K_QUANTS = {2: "Q2_K", 3: "Q3_K_S", 4: "Q4_K_S", 8: "Q8_0"}
 

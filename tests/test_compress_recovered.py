@@ -195,7 +195,7 @@ def test_codes_move_and_steps_stay(work: Path) -> None:
 
 
 def test_which_recipes_move_codes() -> None:
-    moves = Recover(7, 0.03, codes=True)
+    moves = Recover(4, 0.02, codes=True, tokens=512, distill=1)
     assert build("balanced").recover is None
     assert build("balanced", bits=3).recover == build("balanced", sparsity=0.5).recover == moves
     assert build(with_data=True, bits=2).recover == moves

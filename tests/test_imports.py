@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "footprint": {"calibrate", "checkpoint", "hardware", "methods", "shrink"},
     "shrink": {"calibrate", "checkpoint", "methods", "models"},
     "rotate": {"checkpoint", "methods", "models"},
+    "distilled": {"calibrate", "checkpoint", "formats"},
     "shards": {"calibrate", "checkpoint", "formats", "methods"},
     "calibrate": {"checkpoint", "formats", "hardware", "kernels", "methods", "models"},
     "budget": {"calibrate", "checkpoint", "methods"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     },
     "compress": {
         *{"calibrate", "checkpoint", "evaluate", "footprint", "hardware", "job", "models", "overlap", "shards"},
-        *{"verify"},
+        *{"distilled", "verify"},
     },
     "export": {"checkpoint", "formats", "models"},
     "engine": {"checkpoint", "formats", "hardware", "kernels", "models"},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import hardware, verify
+from . import distilled, hardware, verify
 from .checkpoint import Checkpoint, artifact, open_checkpoint
 from .checkpoint.atomic import write_json
 from .checkpoint.decoded import Decoded
@@ -64,6 +64,7 @@ class CompressResult:
     evaluation: ΔL on held-out text, if it was asked for.  shrunk: which layers stay, sizes before and after, and what
     that costs the modules that read the units; None where nothing went as a whole.  clipped: modules of whose weights a
     share lies beyond the range of its steps.  recovered: block → error of its output ``before`` and ``after`` training.
+    distilled: KL to the original on calibration text, ``before`` and ``after`` all blocks were trained together.
     """
 
     output: str
@@ -86,6 +87,7 @@ class CompressResult:
     shrunk: dict[str, Any] | None
     clipped: dict[str, float]
     recovered: dict[str, dict[str, float]]
+    distilled: dict[str, float] | None
 
     def __str__(self) -> str:
         smaller = self.original_size_bytes / self.size_bytes
@@ -106,6 +108,9 @@ class CompressResult:
         if self.recovered:
             before, after = (sum(its[when] for its in self.recovered.values()) for when in ("before", "after"))
             rows["recovered"] = f"blocks' outputs are off by {after / max(before, 1e-30):.2f} × what they were"
+        if self.distilled is not None:
+            before, after = (self.distilled[when] for when in ("before", "after"))
+            rows["distilled"] = f"KL {before:.5f} → {after:.5f} on calibration text that was not trained on"
         if self.calibration is not None:
             rows["calibration"] = _calibration_line(self.calibration)
         if many := {module: share for module, share in self.clipped.items() if share > MUCH_CLIPPED}:
@@ -231,13 +236,17 @@ def _work(
         if job.text.files and not job.calibrated:
             say("no method of this recipe needs calibration data; it is not used")
         say(str(job.footprint))
+        if job.undistilled is not None:
+            say(job.undistilled)
         if any(rule.prune for rule in job.plan.rules.values()):
             say(BITMASK_NOTE if job.plan.bitmask else DENSE_NOTE)
         check_disk(job.plan, journal, job.calibrators)
         job.begin(report, say)
         plan = job.plan
         first = next((shard.first_block for shard in plan.shards if journal.finished(shard.name) is None), plan.blocks)
-        entries = _run(plan, journal, job.calibrator, report)
+        entries = distilled.finished(journal) or _distilled(
+            job, journal, _run(plan, journal, job.calibrator, report), report
+        )
         return _complete(job, journal, entries, check), first if resumed else None
     except KeyboardInterrupt:
         left = sum(journal.finished(shard.name) is None for shard in job.plan.shards)
@@ -322,16 +331,35 @@ def _write(
     return entry
 
 
-def _complete(job: Job, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str) -> dict[str, Any]:
-    """Index, side files, self-check, penjing.json, and config.json last → what penjing.json says."""
-    plan, output = job.plan, journal.output
+def _distilled(
+    job: Job, journal: Journal, entries: dict[str, dict[str, Any]], report: Progress
+) -> dict[str, dict[str, Any]]:
+    """What is written, trained as a whole where that was asked for, and memory allows it."""
+    if job.calibrator is None or job.calibrator.original is None:
+        return entries
+    saved = _saved(job.plan, journal, entries)[0]
+    whole = float(sum(job.plan.input_bytes(shard) for shard in job.plan.shards))
+    try:
+        return distilled.distil(job.plan, journal, job.calibrator, saved, entries, lambda: report(whole, whole))
+    finally:
+        saved.close()
+
+
+def _saved(plan: Plan, journal: Journal, entries: Mapping[str, dict[str, Any]]) -> tuple[Checkpoint, dict[str, Any]]:
+    """What is written, as a checkpoint, and the config.json that it is to have."""
     if len(entries) > 1:
-        artifact.write_index(output, {name: entry["tensors"] for name, entry in entries.items()})
-    artifact.copy_side_files(plan.checkpoint, output)
+        artifact.write_index(journal.output, {name: entry["tensors"] for name, entry in entries.items()})
     config = dict(plan.checkpoint.config)
     if (quantization := artifact.quantization_config(plan)) is not None:
         config["quantization_config"] = quantization
-    saved = open_checkpoint(output, config)
+    return open_checkpoint(journal.output, config), config
+
+
+def _complete(job: Job, journal: Journal, entries: Mapping[str, dict[str, Any]], check: str) -> dict[str, Any]:
+    """Index, side files, self-check, penjing.json, and config.json last → what penjing.json says."""
+    plan, output = job.plan, journal.output
+    artifact.copy_side_files(plan.checkpoint, output)
+    saved, config = _saved(plan, journal, entries)
     verdicts = {module: its for entry in entries.values() for module, its in entry.get("verdicts", {}).items()}
     checksums = {module: its["checksum"] for module, its in verdicts.items()}
     solved = checksums if checksums or plan.recipe.recover is not None else None
@@ -345,6 +373,7 @@ def _complete(job: Job, journal: Journal, entries: Mapping[str, dict[str, Any]],
         "shrunk": job.shrunk,
     }
     described["calibrated_text"] = job.calibrated_text()
+    described["distilled"] = next(iter(entries.values())).get("distilled")
     described["recovered"] = {block: its for entry in entries.values() for block, its in entry["recovered"].items()}
     write_json(output / ARTIFACT, described)
     artifact.complete(output, config)
@@ -391,6 +420,7 @@ def _result(
                 "shrunk",
                 "clipped",
                 "recovered",
+                "distilled",
             )
         },
     )

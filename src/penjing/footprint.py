@@ -48,16 +48,17 @@ def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[P
     """A plan that keeps the limit, its calibrator, and what both need at most.
 
     Where that helps, less is read at a time, the text goes through a block twice and is not held in it, statistics are
-    collected in several runs, and less text goes through at a time. limit: bytes; None: what this machine, or the
-    control group, has left. Raises OutOfBudget with the numbers.
+    collected in several runs, less text goes through at a time, and the model is not trained as a whole in the end.
+    limit: bytes; None: what this machine, or the control group, has left. Raises OutOfBudget with the numbers.
     """
     here, most = _limits(limit)
     found = []
-    for hold, batch in _ways(calibrator):
+    for original, hold, batch in _ways(calibrator):
         if calibrator is not None:
-            calibrator.batch, calibrator.at_once = batch, hold
-        # without a limit what is held may take half of the machine: other programs are no reason for other bytes
-        enough = min(most, hardware.memory_limit_bytes() // 2) if hold and limit is None else most
+            calibrator.original, calibrator.batch, calibrator.at_once = original, batch, hold
+        # without a limit what is not needed may take half of the machine: other programs are no reason for other bytes
+        more = hold or original is not None
+        enough = min(most, hardware.memory_limit_bytes() // 2) if more and limit is None else most
         chunk = CHUNK_BYTES
         while chunk >= SMALLEST_CHUNK:
             smaller = dataclasses.replace(plan, chunk_bytes=chunk)
@@ -72,12 +73,14 @@ def fit(plan: Plan, calibrator: Calibrator | None, limit: int | None) -> tuple[P
     raise OutOfBudget(f"{_said(limit, most)}: this model and recipe need {least.total} bytes at least; {hints}")
 
 
-def _ways(calibrator: Calibrator | None) -> list[tuple[bool, int]]:
-    """Is all of the text held in the middle of a block, and how many rows go through at a time; the fastest first."""
+def _ways(calibrator: Calibrator | None) -> list[tuple[Calibrator | None, bool, int]]:
+    """Whom the whole is trained to be like, is all of the text held in the middle of a block, and how many rows go
+    through at a time; the best and the fastest first."""
     if calibrator is None:
-        return [(False, 0)]
+        return [(None, False, 0)]
     ways = [(False, batch) for batch in calibrator.batches]
-    return [(True, calibrator.batches[0]), *ways] if calibrator.may_hold else ways
+    ways = [(True, calibrator.batches[0]), *ways] if calibrator.may_hold else ways
+    return [(original, *way) for original in dict.fromkeys((calibrator.original, None)) for way in ways]
 
 
 def _limits(limit: int | None) -> tuple[int, int]:
@@ -115,7 +118,7 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
     }
     terms = {"interpreter": here, "files and parts": plan.memory_bytes(plainly)}
     if calibrator is not None:
-        from .calibrate import needs, recovery_bytes
+        from .calibrate import distil_bytes, needs, recovery_bytes
 
         its = needs(calibrator, plan.rules)
         terms |= {
@@ -129,6 +132,10 @@ def _footprint(plan: Plan, calibrator: Calibrator | None, here: int, limit: int)
         left = limit - sum(terms.values())
         calibrator.budget = its.largest if calibrator.at_once else max(its.largest, min(its.statistics, left))
         terms["statistics"] = calibrator.budget
+        if calibrator.original is not None and plan.recipe.recover is not None:
+            whole = {"both models, trained": distil_bytes(calibrator, plan.recipe.recover)}
+            first = {name: terms[name] for name in ("interpreter", "files and parts")}
+            return Footprint(terms).at_least(Footprint(first | whole))
     return Footprint(terms)
 
 
@@ -138,6 +145,8 @@ def check_disk(plan: Plan, journal: Journal, calibrators: Sequence[Calibrator]) 
     calibrators: of the run's parts, which follow one another and leave no hidden states behind.
     """
     left = sum(plan.output_bytes(shard) for shard in plan.shards if journal.finished(shard.name) is None)
+    if any(each.original is not None for each in calibrators):  # new files beside the old ones
+        left += sum(plan.output_bytes(shard) for shard in plan.shards)
     hidden = max(((3 if each.teacher is None else 5) * each.hidden_bytes() for each in calibrators), default=0)
     free = shutil.disk_usage(journal.output).free
     if left + hidden > free:

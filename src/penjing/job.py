@@ -128,13 +128,19 @@ class Job:
 
     def _teach(self, calibrator: Calibrator) -> None:
         """Give a calibrator the original to be like, at the ends of the layers that stay."""
+        from .calibrate.distil import may_distil
         from .calibrate.recover import Teacher
 
         assert self.recipe.recover is not None
+        asked = self.recipe.recover
         original = self.text.open(self._rotated(self.whole), {}, self.folder / "teacher")
+        if asked.distill and may_distil(calibrator) and may_distil(original):
+            calibrator.original = original
+        if not asked.epochs:
+            return
         shrinking, every = self._shrinking, range(len(original.order))
         layers = every if shrinking is None else shrinking.found.get("layers", shrinking.layers.first)
-        calibrator.teacher = Teacher(original, [*layers, len(original.order)][1:], self.recipe.recover)
+        calibrator.teacher = Teacher(original, [*layers, len(original.order)][1:], asked)
         calibrator.collect({})
 
     @property
@@ -163,9 +169,21 @@ class Job:
         return None if self._shrinking is None else self._shrinking.found
 
     @property
+    def undistilled(self) -> str | None:
+        """Why the model is not trained as a whole, where that was asked for."""
+        asked = self.recipe.recover
+        if asked is None or not asked.distill or self.calibrator is None or self.calibrator.original is not None:
+            return None
+        from .calibrate.distil import may_distil
+
+        fits = "it and its original do not fit in memory as a whole"
+        graph = "transformers' graph of it gives no probabilities, or not from tensors as they are stored"
+        return f"{self.whole.path}: distill is left out, because {fits if may_distil(self.calibrator) else graph}"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on; with calibration also what that depends on."""
-        identity = {
+        identity: dict[str, Any] = {
             "model": fingerprint(self.whole),
             "recipe": self.recipe.to_json(),
             "storage": "bitmask" if self.plan.bitmask else "dense",
@@ -174,6 +192,8 @@ class Job:
         }
         if self._measuring is not None:
             identity["budget_batch"] = self._measuring.batch
+        if self.calibrator is not None and self.recipe.recover is not None and self.recipe.recover.distill:
+            identity["distilled"] = self.calibrator.original is not None
         return identity if self.calibrated is None else identity | self.calibrated.identity()
 
     @property

@@ -40,7 +40,7 @@ _GOALS = {
 # What guesses ahead of a model (`--draft`): as few bytes as still guess well, head and embedding too.
 _DRAFT = Recipe((Rule(("*",), Quantize("hqq", bits=3, group_size=64, symmetric=False)),), IGNORE[3:])
 # Goals that move codes too, where few bits or pruned weights leave something to gain by it.
-_RECOVERED, _FEW, _CODES = ("balanced", "best", "smallest"), 3, Recover(7, 0.03, codes=True)
+_RECOVERED, _FEW, _CODES = ("balanced", "best", "smallest"), 3, Recover(4, 0.02, codes=True, tokens=512, distill=1)
 PRESETS = (*_GOALS, *_SCHEMES, "draft", "sparse50", *(f"{name}-sparse50" for name in ("int4", "int8", "w8a8")))
 # A quantizer → the method that prunes and quantizes in one as it does; what pruning is added to such a rule by.
 _JOINTLY = {"gptq": "joint"}

@@ -227,19 +227,29 @@ class Shrink:
 class Recover:
     """Each compressed block trained to give what the original gave, on calibration text; zeros stay.
 
-    epochs: times that all text is gone through.  rate: of the first steps, as a share of what is trained.  codes: codes
-    move, which at few bits gains most, and all else that is quantized stays; with false, codes stay and all else moves.
+    epochs: times that all text is gone through with each block; 0 trains none by itself.  rate: of the first steps, as
+    a share of what is trained.  codes: codes move, which at few bits gains most, and all else that is quantized stays;
+    with false, codes stay and all else moves.  tokens: that one step is taken on, in whole rows of text.  distill:
+    times that all text is gone through at the end, with the whole model in memory where it fits: steps, norms and
+    biases of all blocks are trained together, towards the original's probabilities of tokens; 0 leaves that out.
     """
 
     epochs: int = 4
     rate: float = 1e-3
     codes: bool = False
+    tokens: int = 2048
+    distill: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.epochs) is not int or self.epochs < 1:
-            raise BadRecipe(f"epochs={self.epochs!r}: give a whole number, 1 or more")
+        for name in ("epochs", "distill"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise BadRecipe(f"{name}={getattr(self, name)!r}: give a whole number, 0 or more")
+        if not self.epochs and not self.distill:
+            raise BadRecipe("epochs=0: nothing is trained; give 1 or more, or distill=1")
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
             raise BadRecipe(f"rate={self.rate!r}: give a number above 0, up to 1")
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise BadRecipe(f"tokens={self.tokens!r}: give a whole number, 1 or more")
 
 
 # How a mean sparsity is shared out among layers; see `budget`.

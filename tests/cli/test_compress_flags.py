@@ -107,7 +107,8 @@ SAME: dict[str, tuple[list[str], dict[str, Any]]] = {
 def test_flags_say_what_a_file_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, rule = SAME[case]
     moved = case.startswith("text") and ("prune" in rule or rule["quantize"].get("bits") == 3)
-    said = {"version": 1, "rules": [rule], "recover": {"epochs": 7, "rate": 0.03, "codes": True} if moved else None}
+    training = {"epochs": 4, "rate": 0.02, "codes": True, "tokens": 512, "distill": 1}
+    said = {"version": 1, "rules": [rule], "recover": training if moved else None}
     assert recipe_of(monkeypatch, *flags) == from_json(said)
 
 

@@ -11,11 +11,12 @@ stream    the chain of blocks, and the files between them
 influence which layers and units the model would miss
 memory    what all that takes at most
 recover   a block trained to be like the original's
+distil    all blocks trained together, to be like the original
 solving   a block compressed on its statistics, and judged
 """
 
 from .data import Calibration, read_tokens
-from .memory import Needs, needs, needs_of_units, recovery_bytes
+from .memory import Needs, distil_bytes, needs, needs_of_units, recovery_bytes
 from .solving import compress_block
 from .stream import Calibrator, OpenBlock, Tick, fingerprint, open_calibrator
 
@@ -26,6 +27,7 @@ __all__ = [
     "OpenBlock",
     "Tick",
     "compress_block",
+    "distil_bytes",
     "fingerprint",
     "needs",
     "needs_of_units",

@@ -10,10 +10,13 @@ import torch
 
 from ..methods import apply, units
 from ..methods.statistics import PANEL, Collector
-from ..recipe import Rule
+from ..recipe import Recover, Rule
 from .inputs import EXPERT
 from .stream import Calibrator
 
+# Bytes a number: of the compressed model its code, its value, the value's slope, and both in the products' type; of the
+# original its value as float32, and in the products' type
+BYTES_DISTILLED = 26
 Reader = tuple[tuple[int, ...], tuple[str, ...]]  # shape of a weight, and the statistics of its input that are wanted
 
 
@@ -74,6 +77,16 @@ def recovery_bytes(calibrator: Calibrator) -> int:
     order = calibrator.order[: calibrator.chained]
     numbers = max(sum(t.numel() for t in map(calibrator.graph.tensor, calibrator.graph.block_parts(b))) for b in order)
     return 32 * numbers + 2 * max(activations(calibrator, block) for block in order)
+
+
+def distil_bytes(calibrator: Calibrator, asked: Recover) -> int:
+    """What both models take, what one step leaves in all blocks for the way back, and the probabilities' part."""
+    numbers = sum(info.size for info in calibrator.checkpoint.infos.values())
+    tokens = calibrator.batch * calibrator.tokens.shape[1]
+    step = max(calibrator.tokens.shape[1], min(tokens, asked.tokens))
+    inside = sum(activations(calibrator, block) for block in calibrator.order)
+    vocabulary = calibrator.graph.model.config.get_text_config().vocab_size
+    return int(BYTES_DISTILLED * numbers + 3 * inside * step / tokens + 24 * step * vocabulary)
 
 
 def _modules(calibrator: Calibrator, block: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..formats.affine import SCALE_DTYPES, AffineTensor
 from ..recipe import Recover
 from .graph import Part, to_torch
 from .latent import Latent
+from .products import Products
 from .stream import Calibrator, OpenBlock
 
 Solution = NDArray[Any] | AffineTensor
@@ -78,25 +80,17 @@ def recover(
     squares on the part of the text that is not trained on, over those of the target, ``before`` and ``after``; where it
     did not get smaller nothing is changed.
     """
-    batches = opened.batches()
-    trained = [rows for number, rows in enumerate(batches) if (number + 1) % HELD_BACK] or batches
-    held = [rows for number, rows in enumerate(batches) if not (number + 1) % HELD_BACK] or batches
+    batches = opened.batches(asked.tokens)
+    trained, held = divided(batches)
     free = _free(opened, solutions, asked.codes)
     before = _error(opened, free, held, target)
     leaves = [each.leaf for each in free.values() if each.leaf.requires_grad]
-    optimizer = torch.optim.Adam(leaves, lr=asked.rate, betas=BETAS, eps=1e-12)
-    steps, done = asked.epochs * len(trained), 0
-    order = np.random.default_rng(opened.number)
-    for _ in range(asked.epochs):
-        for index in order.permutation(len(trained)):
-            for group in optimizer.param_groups:
-                group["lr"] = asked.rate * 0.5 * (1 + math.cos(math.pi * done / steps))
-            optimizer.zero_grad()
-            right = target(trained[index])
-            loss = (_computed(opened, free, trained[index]) - right).square().mean() / right.square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            done += 1
+
+    def loss(rows: slice) -> Tensor:
+        right = target(rows)
+        return (_computed(opened, free, rows) - right).square().mean() / right.square().mean()
+
+    descend(leaves, asked.rate, asked.epochs, trained, opened.number, loss)
     found = {name: each.result() for name, each in free.items() if each.leaf.requires_grad}
     _set(opened, found)
     moved = {name.removesuffix(".weight"): solved for name, solved in found.items()}
@@ -105,6 +99,29 @@ def recover(
         return found, {"before": before, "after": after}
     _set(opened, {name: each.stored if each.solved is None else each.solved for name, each in free.items()})
     return {}, {"before": before, "after": before}
+
+
+def divided(batches: list[slice]) -> tuple[list[slice], list[slice]]:
+    """Rows of text that are trained on, and those that are held back; where there are too few, both are all."""
+    trained = [rows for number, rows in enumerate(batches) if (number + 1) % HELD_BACK]
+    return trained or batches, [rows for rows in batches if rows not in trained] or batches
+
+
+def descend(
+    leaves: list[Tensor], rate: float, epochs: int, batches: list[slice], seed: int, loss: Callable[[slice], Tensor]
+) -> None:
+    """Move leaves by Adam, a step for each batch, in another order each epoch, at a rate that falls to 0."""
+    optimizer = torch.optim.Adam(leaves, lr=rate, betas=BETAS, eps=1e-12)
+    steps, done = epochs * len(batches), 0
+    order = np.random.default_rng(seed)
+    for _ in range(epochs):
+        for index in order.permutation(len(batches)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done / steps))
+            optimizer.zero_grad()
+            loss(batches[index]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            done += 1
 
 
 def _set(opened: OpenBlock, solutions: Mapping[str, Solution]) -> None:
@@ -134,7 +151,7 @@ def _computed(opened: OpenBlock, free: Mapping[str, Free | Latent], rows: slice)
     prefix = f"{live.graph.modules[live.name]}."
     values = {name: each.value() for name, each in free.items()}
     parameters = {
-        target.removeprefix(prefix): _assembled(live.graph.tensor(target), part, values)
+        target.removeprefix(prefix): assembled(live.graph.tensor(target), part, values)
         for target, part in live.parts.items()
         if part.pieces is not None and all(piece.name in values for piece in part.pieces)
     }
@@ -142,11 +159,23 @@ def _computed(opened: OpenBlock, free: Mapping[str, Free | Latent], rows: slice)
     def module(*args: Any, **kwargs: Any) -> Any:
         return functional_call(live.module, parameters, args, kwargs)
 
-    with torch.enable_grad():
+    with torch.enable_grad(), products(live.dtype):
         return opened.call(rows)(module, opened.hidden(rows))  # type: ignore[arg-type]
 
 
-def _assembled(tensor: Tensor, part: Part, values: Mapping[str, Tensor]) -> Tensor:
+def products(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Within it, all products are made in ``dtype``, and have a derivative; those of float32 are torch's own."""
+    return nullcontext() if dtype == torch.float32 else Products(_Owned(), dtype, None)
+
+
+class _Owned:
+    """Whose all weights are: those of a block that is trained are new at each step."""
+
+    def names_of(self, weight: Tensor) -> tuple[str, ...]:
+        return ("",)
+
+
+def assembled(tensor: Tensor, part: Part, values: Mapping[str, Tensor]) -> Tensor:
     """A parameter of the graph made of the checkpoint's tensors, as `graph.Graph.filled` makes it."""
     assert part.pieces is not None
     columns = tensor.shape[-1] if tensor.ndim > 1 or part.converter is None else 1

@@ -65,6 +65,7 @@ class Calibrator:
     ) -> None:
         self.own = own
         self.teacher: Teacher | None = None  # whom blocks are trained to be like, where that is asked for
+        self.original: Calibrator | None = None  # whom the whole is trained to be like in the end
         self.graph, self.checkpoint, self.device = graph, graph.checkpoint, graph.device
         self.tokens, self.folder, self.dtype, self.budget = tokens, folder, dtype, 1 << 30
         self.rules = rules
@@ -80,30 +81,33 @@ class Calibrator:
     def go_as(self, other: Calibrator) -> None:
         """Go through the text as another calibrator was found to fit in memory."""
         self.batch, self.at_once, self.budget = other.batch, other.at_once, other.budget
+        self.original = None if other.original is None else self.original
 
     def _look_at_calls(self) -> None:
         """Which blocks are called in which order, and whether what they are called with depends on the text."""
-        batches = self._batches()
-        first = self.graph.enter(self._ids(batches[0]))
+        batches = self.batches_of()
+        first = self.graph.enter(self.ids(batches[0]))
         self.width, self._calls = first[0].shape[-1], {first[0].shape[0]: first[1]}
         self.order = [call.block for call in first[1]]
         if len(batches) > 1 and batches[1].stop - batches[1].start == first[0].shape[0]:
-            other = self.graph.enter(self._ids(batches[1]))[1]
+            other = self.graph.enter(self.ids(batches[1]))[1]
             self._static = all(_same(one, two) for one, two in zip(first[1], other, strict=True))
 
-    def _batches(self) -> list[slice]:
-        return [slice(low, min(low + self.batch, len(self.tokens))) for low in range(0, len(self.tokens), self.batch)]
+    def batches_of(self, tokens: int | None = None) -> list[slice]:
+        """All rows of text, as they go through a block; fewer at a time where that is more than so many tokens."""
+        rows = self.batch if tokens is None else min(self.batch, max(1, tokens // self.tokens.shape[1]))
+        return [slice(low, min(low + rows, len(self.tokens))) for low in range(0, len(self.tokens), rows)]
 
-    def _ids(self, rows: slice) -> Tensor:
+    def ids(self, rows: slice) -> Tensor:
         return torch.from_numpy(self.tokens[rows]).to(self.device)
 
     def _call(self, number: int, rows: slice) -> Call:
         """What a block is called with for some samples."""
         size = rows.stop - rows.start
         if not self._static:
-            return self.graph.enter(self._ids(rows))[1][number]
+            return self.graph.enter(self.ids(rows))[1][number]
         if size not in self._calls:
-            self._calls[size] = self.graph.enter(self._ids(rows))[1]
+            self._calls[size] = self.graph.enter(self.ids(rows))[1]
         return self._calls[size][number]
 
     def wanted(self, block: str) -> dict[str, tuple[str, ...]]:
@@ -174,7 +178,7 @@ class Calibrator:
         """A block with its weights, ready to be calibrated. tick: is told shares of its work as they are done."""
         number = self.order.index(block)
         if number == 0 and not self.file(0).exists():
-            self._write(0, (self.graph.enter(self._ids(rows))[0] for rows in self._batches()))
+            self._write(0, (self.graph.enter(self.ids(rows))[0] for rows in self.batches_of()))
         if not self.file(number).exists():
             raise PenjingError(f"{self.file(number)} is missing: run with --restart")
         with (
@@ -250,7 +254,7 @@ class OpenBlock:
                     yield each, collecting.statistics(each)
 
     def _each_in_turn(self, inputs: list[Input]) -> Iterator[tuple[Input, Statistics]]:
-        batches = self.owner._batches()
+        batches = self.owner.batches_of()
         stops = {each.names[0] for each in inputs}
         self._walks = [Walk(partial(self._run, rows), stops) for rows in batches]
         for each in inputs:
@@ -262,7 +266,7 @@ class OpenBlock:
 
     def _enough_to_see(self, wanted: Mapping[str, tuple[str, ...]]) -> slice:
         """Rows of text that show which layers read the same: one, and more where a router chooses by the text."""
-        return self.owner._batches()[0] if any(map(EXPERT.match, wanted)) else slice(0, 1)
+        return self.owner.batches_of()[0] if any(map(EXPERT.match, wanted)) else slice(0, 1)
 
     def _transform(self, inputs: list[Input]) -> None:
         """Fold the scales of the rules' transforms into the block; what is collected later is of the new inputs."""
@@ -270,7 +274,7 @@ class OpenBlock:
         asked = [each for each in inputs if with_transform & set(each.modules)]
         if not asked:
             return
-        first = self.owner._batches()[0]
+        first = self.owner.batches_of()[0]
         hidden = self.hidden(first)
         folder = Folder(self.live, lambda: (self._run(first) - hidden).to(torch.float32))
         for some in portions(asked, self.owner.budget):
@@ -305,15 +309,15 @@ class OpenBlock:
         return collecting
 
     def _see(self, inputs: list[Input]) -> Collecting:
-        collecting, batches = Collecting(inputs, self.owner.device, self.owner.dtype), self.owner._batches()
+        collecting, batches = Collecting(inputs, self.owner.device, self.owner.dtype), self.owner.batches_of()
         for rows in batches:
             collecting.run(self.live, partial(self._run, rows))
             self._tick(0.5 / len(batches))
         return collecting
 
-    def batches(self) -> list[slice]:
-        """Rows of text that go through the block together."""
-        return self.owner._batches()
+    def batches(self, tokens: int | None = None) -> list[slice]:
+        """Rows of text that go through the block together; fewer where that is more than so many tokens, but one."""
+        return self.owner.batches_of(tokens)
 
     def call(self, rows: slice) -> Call:
         """What the block is called with for some rows of text."""
@@ -332,14 +336,14 @@ class OpenBlock:
 
     def watch(self) -> None:
         """Compute the block on all tokens, for whoever has put hooks in it."""
-        for rows in self.owner._batches():
+        for rows in self.owner.batches_of():
             self._run(rows)
 
     def advance(self) -> None:
         """Compute what leaves the block, with its weights as they are now, and write it for the next one."""
         if self.number + 1 >= self.owner.chained:
             return
-        batches = self.owner._batches()
+        batches = self.owner.batches_of()
         share = 1 / (len(self._found or ()) + 1) if self._walks else 0.5
 
         def parts() -> Iterator[Tensor]:

@@ -68,7 +68,7 @@ asan: ## the kernel, format and decoder tests under AddressSanitizer and Undefin
 	cp build/asan/native/_native.*.so build/asan/site/penjing/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/site \
-	  $(PYTHON) -m pytest tests/kernels tests/formats tests/models/test_step.py -q -p no:cacheprovider --capture=sys -k "not compressed_tensors and not torch"
+	  $(PYTHON) -m pytest tests/kernels tests/formats tests/models/test_step.py tests/models/test_greedy.py -q -p no:cacheprovider --capture=sys -k "not compressed_tensors and not torch"
 
 fuzz: $(VENV)/.installed ## damage small models for a minute; whatever is neither refused in one line nor computed is a bug
 	$(BIN)/python -W ignore tests/fuzz_loader.py --seconds 60 --seed "$$(date +%s)"

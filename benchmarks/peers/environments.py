@@ -57,7 +57,7 @@ VLLM_CPP_BUILD = (
     "cmake -S source -B build -DCMAKE_BUILD_TYPE=Release"
     " -DCMAKE_CXX_FLAGS='-march=native -Wno-error=volatile -Wno-error=restrict'"
     " -DVLLM_CPP_CUDA=OFF -DVLLM_CPP_BUILD_TESTS=OFF -DVLLM_CPP_BUILD_EXAMPLES=OFF -DVLLM_CPP_SERVER=OFF",
-    "cmake --build build --parallel",
+    "cmake --build build --parallel 2",  # as many compilers as there are files take 20 GB
 )
 
 

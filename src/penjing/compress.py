@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import distilled, hardware, verify
-from .checkpoint import Checkpoint, artifact, open_checkpoint
+from .checkpoint import Checkpoint, artifact, kv_cache, open_checkpoint
 from .checkpoint.atomic import write_json
 from .checkpoint.decoded import Decoded
 from .checkpoint.describe import format_of
@@ -65,6 +65,7 @@ class CompressResult:
     that costs the modules that read the units; None where nothing went as a whole.  clipped: modules of whose weights a
     share lies beyond the range of its steps.  recovered: block → error of its output ``before`` and ``after`` training.
     distilled: KL to the original on calibration text, ``before`` and ``after`` all blocks were trained together.
+    kv_cache: what steps of the cache lose, layer by layer (see `artifact.describe`); None where it stays as it is.
     """
 
     output: str
@@ -88,6 +89,7 @@ class CompressResult:
     clipped: dict[str, float]
     recovered: dict[str, dict[str, float]]
     distilled: dict[str, float] | None
+    kv_cache: dict[str, Any] | None
 
     def __str__(self) -> str:
         smaller = self.original_size_bytes / self.size_bytes
@@ -113,6 +115,8 @@ class CompressResult:
             rows["distilled"] = f"KL {before:.5f} → {after:.5f} on calibration text that was not trained on"
         if self.calibration is not None:
             rows["calibration"] = _calibration_line(self.calibration)
+        if self.kv_cache is not None:
+            rows["kv cache"] = _cache_line(self.kv_cache)
         if many := {module: share for module, share in self.clipped.items() if share > MUCH_CLIPPED}:
             worst = max(many, key=lambda module: many[module])
             rows["clipped"] = (
@@ -205,12 +209,17 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
     _say_who_serves(stored, say)
     if (stored.path / "tokenizer.json").is_file():
         Tokenizer(stored.path)  # BadCheckpoint where it is damaged: what is written would serve no text
+    if steps := kv_cache.steps(stored):
+        say(
+            f"{stored.path}: {len(steps)} steps for the cache of keys and values are left out: they are of the weights as"
+            " they are; --kv-cache finds new ones"
+        )
     if stored.compressed:
         say(
             f"{stored.path}: its weights are compressed already ({format_of(stored)}), and what that lost stays lost;"
             " compress the original where there is one"
         )
-    return Decoded(stored) if stored.compressed and "quantization_config" in stored.config else stored
+    return Decoded(stored) if (stored.compressed or steps) and "quantization_config" in stored.config else stored
 
 
 def _say_who_serves(stored: Checkpoint, say: Callable[[str], None]) -> None:
@@ -275,6 +284,19 @@ def _calibration_line(found: Mapping[str, Any]) -> str:
     return line
 
 
+def _cache_line(found: Mapping[str, Any]) -> str:
+    """What is said of the cache at the end: its steps, the worst of what they lose, and who has none."""
+    line = f"steps of {found['kind']} for {len(found['layers'])} layers"
+    for each in ("keys", "values"):
+        worst = max(found["layers"], key=lambda name: found["layers"][name][f"{each}_loss"])
+        largest = max(its[f"largest_{each}"] for its in found["layers"].values())
+        line += f"; {each} up to {largest:.3g}, off by {found['layers'][worst][f'{each}_loss']:.1e} of their squares"
+        line += f" at most ({worst})"
+    if found["left_as_is"]:
+        line += f"; {len(found['left_as_is'])} layers keep none, and are left as they are"
+    return line
+
+
 def _say_nothing(*_: Any) -> None:
     pass
 
@@ -321,7 +343,7 @@ def _write(
     digest, length = write_safetensors(journal.output / shard.name, contents.tensors, {"format": "pt"})
     sizes = {name: tensor.nbytes for name, tensor in contents.tensors.items()}
     entry = {"sha256": digest, "bytes": length, "tensors": sizes, "zeros": contents.zeros, "clipped": contents.clipped}
-    entry["recovered"] = contents.recovered
+    entry |= {"recovered": contents.recovered, "cache": contents.cache}
     if contents.verdicts:
         entry["verdicts"] = contents.verdicts
     journal.finish(shard.name, entry)
@@ -365,8 +387,10 @@ def _complete(job: Job, journal: Journal, entries: Mapping[str, dict[str, Any]],
     solved = checksums if checksums or plan.recipe.recover is not None else None
     again = functools.partial(solved_again, plan)
     verdict = verify.verify(plan.checkpoint, saved, plan.rules, again, check, solved)
-    saved.close()
     described = artifact.describe(plan, journal.identity, journal.files, entries)
+    if described["kv_cache"] is not None:
+        kv_cache.check(saved, described["kv_cache"]["layers"])
+    saved.close()
     described |= {
         "check": verdict,
         "calibration": artifact.calibration(journal.identity, verdicts),
@@ -421,6 +445,7 @@ def _result(
                 "clipped",
                 "recovered",
                 "distilled",
+                "kv_cache",
             )
         },
     )

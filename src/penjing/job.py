@@ -110,10 +110,13 @@ class Job:
         """The plan for a model and, where a method needs data, what calibrates it."""
         plan = make_plan(seen, self.recipe, bitmask=self._bitmask, shard_bytes=self._shard_bytes)
         recovered = self.recipe.recover is not None
-        if not recovered and not any(apply.needs(rule) for rule in plan.rules.values()):
+        watched = self.recipe.kv_cache is not None
+        if not recovered and not watched and not any(apply.needs(rule) for rule in plan.rules.values()):
             return plan, None
         calibrator = self.text.open(seen, plan.rules, self.folder)
         _check_static_inputs(plan, calibrator)
+        if watched:
+            calibrator.watch_cache()
         if recovered:
             self._teach(calibrator)
         return plan, calibrator

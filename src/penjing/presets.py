@@ -105,7 +105,7 @@ def build(
     settings: the fields of `Quantize`, of `Prune` (there ``method`` is called ``prune_method``, and ``options``
     ``prune_options``), of `Transform` (``transform``, ``transform_options``) and of `Shrink` (``remove_layers``,
     ``prune_neurons``, ``prune_heads``, ``prune_experts``, ``shrink_method``, ``multiple``), ``ignore``, ``seed``,
-    ``recover`` and ``rotate`` (true or false); None leaves a setting as it is. They change every rule of the recipe;
+    ``recover`` and ``rotate`` (true or false), ``kv_cache``; None leaves a setting as it is. They change every rule of the recipe;
     without one they make a rule for all modules. with_data: there is text to calibrate on, so that where neither a
     recipe nor a method is named, the best that use it are meant.
     """
@@ -113,15 +113,15 @@ def build(
     for name in given:
         if name not in SETTINGS:
             raise BadRecipe(f"unknown setting {name!r}; {nearest(name, SETTINGS)}")
-    ignore, seed, recover, rotate = (given.pop(name, None) for name in _OF_ALL)
+    ignore, seed, recover, rotate, kv_cache = (given.pop(name, None) for name in _OF_ALL)
     shrink = _pop_shrink(given)
     changes = {part: {of: given[name] for name, of in names.items() if name in given} for part, names in _NAMES.items()}
-    if recipe is None and not given and not shrink and not rotate and not with_data:
+    if recipe is None and not given and not shrink and not rotate and not kv_cache and not with_data:
         raise BadRecipe(f"nothing to do: give a recipe ({', '.join(_GOALS)}, a file), bits or a sparsity")
     if recipe is not None:
         made = load_recipe(recipe)
-    elif not given and (shrink or (rotate and not with_data)):
-        made = Recipe((), shrink=Shrink(**shrink) if shrink else None, rotate=bool(rotate))
+    elif not given and (shrink or kv_cache or (rotate and not with_data)):
+        made = Recipe((), shrink=Shrink(**shrink) if shrink else None, rotate=bool(rotate), kv_cache=kv_cache)
     else:
         made = _recipe_for(changes, with_data)
     rules = tuple(_changed(rule, changes) for rule in made.rules)
@@ -137,6 +137,7 @@ def build(
         shrink=_changed_shrink(made.shrink, shrink),
         recover=Recover() if recover and made.recover is None else made.recover,
         rotate=made.rotate if rotate is None else rotate,
+        kv_cache=made.kv_cache if kv_cache is None else kv_cache,
     )
 
 
@@ -154,7 +155,7 @@ _SHRINK = {
     **{"remove_layers": "layers", "prune_neurons": "neurons", "prune_heads": "heads", "prune_experts": "experts"},
     **{"shrink_method": "method", "multiple": "multiple"},
 }
-_OF_ALL = ("ignore", "seed", "recover", "rotate")
+_OF_ALL = ("ignore", "seed", "recover", "rotate", "kv_cache")
 SETTINGS = (*(name for names in _NAMES.values() for name in names), *_OF_ALL, *_SHRINK)
 
 

@@ -5,6 +5,7 @@
     ignore: [lm_head, "re:.*embed"]
     shrink: {layers: 2, neurons: 0.25}        # what goes as a whole, before anything else
     rotate: true                              # then the stream is turned, so that no channel stands out
+    kv_cache: fp8                             # steps for the server's cache of keys and values, by calibration
     rules:                                    # the first rule that matches a module decides
       - targets: "*.down_proj"
         quantize: {method: rtn, bits: 8, group_size: -1}
@@ -254,6 +255,8 @@ class Recover:
 
 # How a mean sparsity is shared out among layers; see `budget`.
 BUDGETS = ("uniform", "outliers", "sensitivity", "global")
+# What a server keeps keys and values in, by steps that calibration finds; int8 is nothing that vLLM or SGLang would read.
+KV_CACHES = ("fp8",)
 # How units are chosen → does it need data?
 SHRINKERS = {"l1": False, "l2": False, "random": False, "wanda": True, "obs": True}
 
@@ -279,7 +282,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """rotate: the model is turned along other axes before the rules see it (see `rotate`).  recover: after them."""
+    """rotate: the model is turned along other axes before the rules see it (see `rotate`).  recover: after them.
+
+    kv_cache: what servers are to keep keys and values in, by steps that are found last of all; None is as they are.
+    """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = IGNORE
@@ -288,6 +294,7 @@ class Recipe:
     shrink: Shrink | None = None
     recover: Recover | None = None
     rotate: bool = False
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -296,8 +303,12 @@ class Recipe:
             raise BadRecipe(f"seed={self.seed!r}: give a whole number, 0 or more")
         if type(self.rotate) is not bool:
             raise BadRecipe(f"rotate={self.rotate!r}: give true or false")
-        if self.shrink is None and not self.rotate and not any(rule.quantize or rule.prune for rule in self.rules):
-            raise BadRecipe("the recipe does nothing: no rule prunes or quantizes, and nothing shrinks or is rotated")
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise BadRecipe(f"kv_cache={self.kv_cache!r}: servers read steps of fp8 alone; give fp8, or leave it out")
+        if not (self.shrink or self.rotate or self.kv_cache or any(rule.quantize or rule.prune for rule in self.rules)):
+            raise BadRecipe(
+                "the recipe does nothing: no rule prunes or quantizes, nothing shrinks or is rotated, and the cache stays"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads back to the same recipe."""
@@ -376,8 +387,8 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
         raise BadRecipe(f"{where}: version is missing; write version: {VERSION}")
     shrink = _settings(Shrink, value.get("shrink"), f"{where}: shrink")
     recover = _settings(Recover, value.get("recover"), f"{where}: recover")
-    rotate = value.get("rotate", False)
-    given = value.get("rules", () if shrink or rotate else None)
+    rotate, kv_cache = value.get("rotate", False), value.get("kv_cache")
+    given = value.get("rules", () if shrink or rotate or kv_cache else None)
     if not isinstance(given, list | tuple):
         raise BadRecipe(f"{where}: rules is missing, or not a list")
     rules = []
@@ -394,4 +405,4 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
         )
     ignore = texts(value["ignore"], f"{where}: ignore") if value.get("ignore") else ()
     ignored = ignore if "ignore" in value else IGNORE
-    return Recipe(tuple(rules), ignored, value.get("seed", 0), value["version"], shrink, recover, rotate)
+    return Recipe(tuple(rules), ignored, value.get("seed", 0), value["version"], shrink, recover, rotate, kv_cache)

@@ -37,6 +37,7 @@ class Contents:
 
     zeros: module → weights pruned.  clipped: module → the share of its weights that its steps do not reach.  verdicts:
     module → what calibration found of it.  recovered: block → errors of its output before and after it was trained.
+    cache: attention → what rounding its keys and values loses (see `kv_cache.encode`).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Contents:
     clipped: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
     recovered: dict[str, dict[str, float]] = field(default_factory=dict)
+    cache: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, plan: Plan, module: str, whole: Solution, largest_input: float | None = None) -> None:
         rule = plan.rules[module]
@@ -107,6 +109,9 @@ def _calibrated(
                 contents.clipped[module] = clipped
             contents.verdicts[module] = verdict | {"checksum": storage.checksum(whole)}
         contents.tensors |= {name: opened.get(name) for name in opened.changed if name in contents.tensors}
+        for attention, steps, lost in opened.steps_of_cache():
+            contents.tensors |= {f"{attention}.{part}": array for part, array in steps.items()}
+            contents.cache[attention] = lost
         for module in opened.starved:
             contents.verdicts[module]["starved"] = True
         for module in opened.unfolded:

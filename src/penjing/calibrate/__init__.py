@@ -8,6 +8,7 @@ products  where the inputs of layers are seen
 inputs    which layers share an input, and its statistics
 folding   where a transform's scales can go, found by trial
 stream    the chain of blocks, and the files between them
+cache     what attention puts into its cache, and steps for it
 influence which layers and units the model would miss
 memory    what all that takes at most
 recover   a block trained to be like the original's

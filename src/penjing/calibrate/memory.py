@@ -11,6 +11,7 @@ import torch
 from ..methods import apply, units
 from ..methods.statistics import PANEL, Collector
 from ..recipe import Recover, Rule
+from . import cache
 from .inputs import EXPERT
 from .stream import Calibrator
 
@@ -50,7 +51,7 @@ def needs(calibrator: Calibrator, rules: Mapping[str, Rule]) -> Needs:
         statistics, largest = max(statistics, sum(sums)), max(largest, *sums, 0)
         work = [apply.memory_bytes(rules[m], *shapes[m]) + 8 * prod(shapes[m]) for m in modules]
         solving = max(solving, *work, 0)
-        inside = max(inside, activations(calibrator, block))
+        inside = max(inside, activations(calibrator, block) + cache.bytes_needed(calibrator.keeps.get(block, {})))
         held = max(held, held_bytes(calibrator, block))
     return Needs(weights, statistics, largest, solving, inside, held)
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from ..methods import apply
 from ..methods.statistics import Statistics
 from ..recipe import Rule
 from .block import LiveBlock, to_numpy
+from .cache import Watch, attentions
 from .data import Calibration, read_tokens
 from .folding import Folder, scale_for
 from .graph import Call, Graph, to_torch
@@ -72,6 +73,7 @@ class Calibrator:
         self.needs = {f"{module}.weight": apply.needs(rule) for module, rule in rules.items()}
         self.batches = tuple(dict.fromkeys(max(1, size // tokens.shape[1]) for size in BATCH_TOKENS))
         self.batch, self.at_once, self.exact = self.batches[0], False, False
+        self.keeps: dict[str, dict[str, nn.Module]] = {}  # block → attention whose keys and values are watched
         self._calls: dict[int, list[Call]] = {}
         self._static = True
         self._look_at_calls()
@@ -121,7 +123,8 @@ class Calibrator:
         that were starved see it once more, and recovery does many times."""
         experts = any(EXPERT.match(name) and need for name, need in self.needs.items())
         batches = -(-len(self.tokens) // self.batches[0])
-        return self.teacher is None and bool(self.rules) and not experts and batches <= MOST_HELD
+        asked = bool(self.rules) and any(self.needs.values())
+        return self.teacher is None and asked and not experts and batches <= MOST_HELD
 
     def states(self, block: str) -> torch.dtype:
         """What a block computes in between its products: as `Graph.states`; float32 where it is measured or trained."""
@@ -132,6 +135,16 @@ class Calibrator:
         """Wish for statistics beside those of the rules (weight → which), and for what comes out of every block."""
         self.needs |= needs
         self.chained = len(self.order) + 1
+
+    def watch_cache(self) -> None:
+        """Wish for the steps of what attention keeps in its cache, see `cache`; Unsupported where none keeps any."""
+        self.keeps = {block: attentions(self.graph, block) for block in self.order}
+        if not any(self.keeps.values()):
+            raise Unsupported(
+                f"{self.checkpoint.path}: kv_cache: no layer has k_proj and v_proj, or qkv_proj, and keeps what they"
+                " make, as those who read steps of the cache expect; leave kv_cache out"
+            )
+        self.collect({})
 
     def needed(self, block: str) -> bool:
         """Does the block, or one after it, need calibration?"""
@@ -213,6 +226,7 @@ class OpenBlock:
         self.in_turn = False
         self._found: list[Input] | None = None
         self._walks: list[Walk] = []  # through the block, a batch each, where layers are solved in turn
+        self._watch: Watch | None = None
 
     def get(self, name: str) -> NDArray[Any]:
         """A tensor of the checkpoint as the block has it now; as it is stored where the block does not have it."""
@@ -255,6 +269,7 @@ class OpenBlock:
 
     def _each_in_turn(self, inputs: list[Input]) -> Iterator[tuple[Input, Statistics]]:
         batches = self.owner.batches_of()
+        self._watch_cache()
         stops = {each.names[0] for each in inputs}
         self._walks = [Walk(partial(self._run, rows), stops) for rows in batches]
         for each in inputs:
@@ -344,6 +359,7 @@ class OpenBlock:
         if self.number + 1 >= self.owner.chained:
             return
         batches = self.owner.batches_of()
+        self._watch_cache()
         share = 1 / (len(self._found or ()) + 1) if self._walks else 0.5
 
         def parts() -> Iterator[Tensor]:
@@ -353,8 +369,19 @@ class OpenBlock:
 
         self.owner._write(self.number + 1, parts())
 
+    def _watch_cache(self) -> None:
+        """See what attention keeps from now on: all runs of the block that come are with what was solved."""
+        if self._watch is None and self.owner.keeps.get(self.live.name):
+            self._watch = Watch(self.live, self.owner.keeps[self.live.name], len(self.owner.batches_of()))
+
+    def steps_of_cache(self) -> Iterator[tuple[str, dict[str, NDArray[Any]], dict[str, float]]]:
+        """Of each attention that was watched while the block was passed on, see `cache.Watch.steps`."""
+        return self._watch.steps() if self._watch is not None else iter(())
+
     def close(self) -> None:
         """Leave what is under way."""
+        if self._watch is not None:
+            self._watch.close()
         for walk in self._walks:
             walk.leave()
         self._walks = []

@@ -15,24 +15,24 @@ from typing import Any
 
 from .. import __version__
 from ..recipe import Quantize
-from . import floats
+from . import floats, kv_cache
 from .atomic import replacing, sync_folder, write_json
 from .folder import CONFIG, INDEX, Checkpoint, module_of
 from .plan import Plan
 from .storage import layout
 
-# shard → sha256, bytes, tensors (name → bytes), zeros (module → count)
+# shard → sha256, bytes, tensors (name → bytes), zeros (module → count), cache (attention → what it loses)
 Entries = Mapping[str, dict[str, Any]]
 
 
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
-    """config.json's ``quantization_config``; None when all weights are stored plainly.
+    """config.json's ``quantization_config``; None when all weights are stored plainly, and the cache stays as it is.
 
     A bitmask has ``quant_method`` "penjing", so that other programs refuse it instead of finding weights missing.
     """
     quantized = {module: rule.quantize for module, rule in plan.rules.items() if rule.quantize is not None}
     bitmask = plan.bitmask
-    if not quantized and not bitmask:
+    if not quantized and not bitmask and plan.recipe.kv_cache is None:
         return None
     settings = list(dict.fromkeys(quantized.values()))
     groups = {}
@@ -52,7 +52,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted({"lm_head", *_plain_modules(plan, quantized)}),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache.scheme(plan.recipe.kv_cache),
         "global_compression_ratio": None,
     }
     if bitmask:
@@ -144,14 +144,28 @@ def describe(plan: Plan, identity: dict[str, Any], files: Sequence[str], entries
         "target_bits_per_weight": 8 * stored / targeted if targeted else 0.0,
         "sparsity": zeros / targeted if targeted else 0.0,
         "clipped": {m: round(c, 6) for entry in entries.values() for m, c in sorted(entry["clipped"].items())},
+        "kv_cache": _kv_cache(plan, entries),
         "stacked_bytes": sum(info.nbytes for info in stacks),
         "blocks": plan.blocks,
         "evaluation": None,
     }
 
 
+def _kv_cache(plan: Plan, entries: Entries) -> dict[str, Any] | None:
+    """What penjing.json says of the cache; None where it stays as it is.
+
+    layers: attention → its largest keys and values, and what either loses.  left_as_is: decoder layers that keep none.
+    """
+    if plan.recipe.kv_cache is None:
+        return None
+    layers = {name: its for entry in entries.values() for name, its in sorted(entry["cache"].items())}
+    blocks = [block.name for shard in plan.shards for block in shard.blocks if block.is_layer]
+    without = [block for block in blocks if not any(name.startswith(f"{block}.") for name in layers)]
+    return {"kind": plan.recipe.kv_cache, "layers": layers, "left_as_is": without}
+
+
 def calibration(identity: Mapping[str, Any], verdicts: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """What penjing.json says of calibration; None when there was none.
+    """What penjing.json says of calibration; None when no layer's weight was solved or judged by it.
 
     own_samples: there where the text is what the model wrote itself; else sha256 of the tokens.
     layers: module → ``loss`` and ``plain_loss``, shares of the layer's output that are lost, and by rounding alone.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import BadCheckpoint
 from ..formats.bitmask import BitmaskTensor
 from ..formats.floats import FloatGrid
+from . import kv_cache
 from .folder import Checkpoint, is_part, module_of
 from .storage import SCALE_NAMES, Quantized, Weight
 from .tensors import DecodedInfo, TensorInfo
@@ -22,6 +23,7 @@ _STEPS = ("weight_scale", "scales", "weight.compressed")
 class Decoded(Checkpoint):
     """The weights of ``stored`` as float32, exactly what their codes stand for; config.json says nothing of codes.
 
+    Steps of the cache of keys and values are not there: they are not of what is made of these weights.
     One weight's codes are held at a time, however many rows of it are asked for.
     """
 
@@ -30,8 +32,10 @@ class Decoded(Checkpoint):
         super().__init__(stored.path, config, {})
         self._whole, self.weight_files = stored, stored.weight_files
         self._held: tuple[str, Weight | None] = ("", None)
-        compressed = set(stored.compressed)
+        compressed, steps = set(stored.compressed), set(kv_cache.steps(stored))
         for name, info in stored.infos.items():
+            if name in steps:
+                continue
             module = module_of(name)
             if module not in compressed or not (is_part(name) or name == f"{module}.weight"):
                 self.infos[name] = info

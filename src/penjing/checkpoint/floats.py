@@ -173,5 +173,10 @@ def read_inputs(inputs: Mapping[str, Any]) -> str | None:
 
 def input_step(largest: float, dtype: np.dtype[Any]) -> dict[str, Array]:
     """The tensor, named without "X.", that has the step of an input whose largest number is that: one that holds it."""
+    return {INPUT_SCALE: step_of(largest, dtype)}
+
+
+def step_of(largest: float, dtype: np.dtype[Any]) -> Array:
+    """The step (1,) that puts a largest number on FP8's; 1 where that is nothing, or too little for the dtype."""
     step = np.array([largest / float(floats.E4M3_LARGEST)], np.float32).astype(dtype)
-    return {INPUT_SCALE: np.where(step > 0, step, np.ones(1, dtype))}
+    return np.where(step > 0, step, np.ones(1, dtype))

@@ -59,6 +59,9 @@ def compress(
     rotate: bool = typer.Option(
         False, "--rotate", help="Turn the model by Hadamard rotations first, so that no channel stands out."
     ),
+    kv_cache: str | None = typer.Option(
+        None, metavar="fp8", help="Find steps for the server's cache of keys and values on the text; alone: no more."
+    ),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),
     calibration: list[Path] | None = typer.Option(
@@ -135,6 +138,7 @@ def compress(
             multiple=multiple,
             recover=recover or None,
             rotate=rotate or None,
+            kv_cache=kv_cache,
             ignore=ignore or None,
             seed=seed,
         )

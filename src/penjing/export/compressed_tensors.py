@@ -57,7 +57,7 @@ def _has_steps(checkpoint: Checkpoint, module: str) -> bool:
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     config = dict(checkpoint.config)
     quantization = config.pop("quantization_config", None)
-    if quantization is not None and quantization["config_groups"]:
+    if quantization is not None and (quantization["config_groups"] or quantization.get("kv_cache_scheme")):
         kept = {key: value for key, value in quantization.items() if key != "sparsity_config"}
         config["quantization_config"] = kept | {"quant_method": "compressed-tensors"}
     return config

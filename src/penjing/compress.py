@@ -211,8 +211,8 @@ def _open(model: str | Path, say: Callable[[str], None]) -> Checkpoint:
         Tokenizer(stored.path)  # BadCheckpoint where it is damaged: what is written would serve no text
     if steps := kv_cache.steps(stored):
         say(
-            f"{stored.path}: {len(steps)} steps for the cache of keys and values are left out: they are of the weights as"
-            " they are; --kv-cache finds new ones"
+            f"{stored.path}: its {len(steps)} steps for the cache of keys and values are left out, for they are of the"
+            " weights as they were; --kv-cache finds new ones"
         )
     if stored.compressed:
         say(

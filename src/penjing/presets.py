@@ -105,9 +105,10 @@ def build(
     settings: the fields of `Quantize`, of `Prune` (there ``method`` is called ``prune_method``, and ``options``
     ``prune_options``), of `Transform` (``transform``, ``transform_options``) and of `Shrink` (``remove_layers``,
     ``prune_neurons``, ``prune_heads``, ``prune_experts``, ``shrink_method``, ``multiple``), ``ignore``, ``seed``,
-    ``recover`` and ``rotate`` (true or false), ``kv_cache``; None leaves a setting as it is. They change every rule of the recipe;
-    without one they make a rule for all modules. with_data: there is text to calibrate on, so that where neither a
-    recipe nor a method is named, the best that use it are meant.
+    ``recover`` and ``rotate`` (true or false), ``kv_cache``; None leaves a setting as it is. They change every rule of
+    the recipe; without one they make a rule for all modules. with_data: there is text to calibrate on, so that where
+    neither a recipe nor a method is named, the best that use it are meant; but what goes as a whole, and the cache, are
+    then all that was asked for.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:

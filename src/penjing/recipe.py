@@ -255,7 +255,7 @@ class Recover:
 
 # How a mean sparsity is shared out among layers; see `budget`.
 BUDGETS = ("uniform", "outliers", "sensitivity", "global")
-# What a server keeps keys and values in, by steps that calibration finds; int8 is nothing that vLLM or SGLang would read.
+# What a server keeps keys and values in, by steps that calibration finds. vLLM refuses a checkpoint's int8.
 KV_CACHES = ("fp8",)
 # How units are chosen → does it need data?
 SHRINKERS = {"l1": False, "l2": False, "random": False, "wanda": True, "obs": True}
@@ -307,7 +307,7 @@ class Recipe:
             raise BadRecipe(f"kv_cache={self.kv_cache!r}: servers read steps of fp8 alone; give fp8, or leave it out")
         if not (self.shrink or self.rotate or self.kv_cache or any(rule.quantize or rule.prune for rule in self.rules)):
             raise BadRecipe(
-                "the recipe does nothing: no rule prunes or quantizes, nothing shrinks or is rotated, and the cache stays"
+                "the recipe does nothing: no rule prunes or quantizes, nothing shrinks or is rotated, the cache stays"
             )
 
     def to_json(self) -> dict[str, Any]:

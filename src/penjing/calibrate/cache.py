@@ -1,8 +1,8 @@
 """What attention puts into its cache: keys, turned and normed as they are kept, and values.
 
-transformers' attention hands them to the cache that it is called with. So a cache that only looks is put there, whatever
-the family is; text goes through at once and nothing came before it, so that what is given back is what was given.
-Attention is told from other layers as compressed-tensors tells it, since that is who is to find the steps.
+transformers' attention hands them to the cache that it is called with. So a cache that only looks is put there,
+whatever the family is; rows go through whole and nothing comes before them, so that it gives back what it is given.
+Attention is told from other layers as compressed-tensors tells it, which is to find the steps there.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Watch:
             yield name, *kv_cache.encode(largest, sample, stored.step_dtype)
 
 
-class _Looking(DynamicCache):
+class _Looking(DynamicCache):  # type: ignore[misc]
     """An empty cache that shows keys and values to a watch and keeps none of them."""
 
     def __init__(self, watch: Watch, name: str, config: Any) -> None:

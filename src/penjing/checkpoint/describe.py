@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..formats.floats import FloatGrid
+from . import kv_cache
 from .atomic import read_json
 from .blocks import order_blocks
 from .folder import Checkpoint, is_part, module_of, open_checkpoint
@@ -34,6 +35,7 @@ _BLOCKS, _SCALES = "_blocks", "_scales"  # of a tensor X in MXFP4: two numbers a
 class Summary:
     """parameters: numbers of the model, not of its storage.  bits_per_weight: all bytes of tensors over them.
 
+    kv_cache: what servers are to keep keys and values in; None where config.json does not say.
     sparsity: share of zeros in the compressed modules, as compress counted it or as bitmasks show; None when unknown,
     which it is for plain weights (they are not read).  roles: role → parameters and bytes.
     """
@@ -49,6 +51,7 @@ class Summary:
     activations: str
     files: int
     roles: dict[str, dict[str, int]]
+    kv_cache: str | None
 
     def __str__(self) -> str:
         sparse = "unknown (weights are not read)" if self.sparsity is None else f"{self.sparsity:.1%}"
@@ -60,6 +63,7 @@ class Summary:
             f"{'bits per weight':<16}{self.bits_per_weight:.3f}",
             f"{'format':<16}{self.format}, activations {self.activations}",
             f"{'sparsity':<16}{sparse}",
+            *([f"{'kv cache':<16}{self.kv_cache}"] if self.kv_cache else []),
             "",
             f"{'role':<12}{'parameters':>16}{'bytes':>16}{'bits':>8}",
         ]
@@ -94,6 +98,7 @@ def describe(path: str | Path) -> Summary:
         activations=", ".join(sorted({scheme.activations for scheme in checkpoint.schemes})) or "float",
         files=len(checkpoint.weight_files),
         roles=dict(sorted(roles.items())),
+        kv_cache=kv_cache.kind_of(checkpoint.config),
     )
 
 

@@ -2,8 +2,8 @@
 
     X.k_scale, X.v_scale    (1,), for an attention X: what its keys, as the cache holds them, and values are divided by
 
-config.json's ``kv_cache_scheme`` says what they become then. Penjing's engine has caches of its own, whose steps it finds
-at run time, and leaves these alone.
+config.json's ``kv_cache_scheme`` says what they become then. Penjing's engine has caches of its own, whose steps it
+finds at run time, and leaves these alone.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def encode(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
     """The tensors of an attention, named without "X.", and what its cache loses by them.
 
-    largest, sample: of its ``keys`` and ``values``.  dtype: of the steps. What is lost is told of either as ``largest_…``
-    and ``…_loss``, the squared error of the sample over its squares.
+    largest, sample: of its ``keys`` and ``values``.  dtype: of the steps. Told of either are ``largest_…`` and
+    ``…_loss``, the squared error of the sample over its squares.
     """
-    tensors, verdict = {}, {}
+    tensors: dict[str, NDArray[Any]] = {}
+    verdict: dict[str, float] = {}
     for each, part in PARTS.items():
         tensors[part] = step_of(largest[each], dtype)
         numbers, step = sample[each], tensors[part].astype(np.float32)

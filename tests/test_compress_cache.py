@@ -20,6 +20,7 @@ import transformers
 
 from calibrate_models import FAMILIES, make, text
 from penjing import models
+from penjing.calibrate import Calibration, needs, open_calibrator
 from penjing.checkpoint import open_checkpoint, write_safetensors
 from penjing.checkpoint.describe import describe
 from penjing.compress import compress
@@ -381,3 +382,13 @@ def test_without_text_the_model_writes_its_own(tmp_path: Path) -> None:
     assert any(line.startswith("NO CALIBRATION TEXT: the model writes 2 × 16 tokens itself") for line in said)
     assert found.kv_cache is not None
     assert len(found.kv_cache["layers"]) == 6
+
+
+def test_the_bound_of_the_memory_counts_what_is_kept(work: Path) -> None:
+    make(work / "model", "llama")
+    rows = Calibration((work / "text.txt",), SAMPLES, LENGTH, 0)
+    calibrator = open_calibrator(open_checkpoint(work / "model"), rows, {}, work, "cpu")
+    before = needs(calibrator, {}).activations
+    calibrator.watch_cache()
+    width = 2 * 2 * 8  # keys and values of two heads
+    assert needs(calibrator, {}).activations - before >= 2 * 256 * width * 4  # of 256 tokens, and as they are rounded

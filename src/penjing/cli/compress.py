@@ -60,7 +60,7 @@ def compress(
         False, "--rotate", help="Turn the model by Hadamard rotations first, so that no channel stands out."
     ),
     kv_cache: str | None = typer.Option(
-        None, metavar="fp8", help="Find steps for the server's cache of keys and values on the text; alone: no more."
+        None, metavar="fp8", help="Steps for vLLM's cache of keys and values, found on the text. Alone, weights stay."
     ),
     ignore: list[str] | None = typer.Option(None, help="Modules to leave alone (instead of head, embeddings, norms)."),
     sparse_storage: str = typer.Option("dense", help="dense, or bitmask: smaller, for Penjing only."),

@@ -21,7 +21,7 @@ import transformers
 from calibrate_models import FAMILIES, make, text
 from penjing import models
 from penjing.calibrate import Calibration, needs, open_calibrator
-from penjing.checkpoint import open_checkpoint, write_safetensors
+from penjing.checkpoint import kv_cache, open_checkpoint, write_safetensors
 from penjing.checkpoint.describe import describe
 from penjing.compress import compress
 from penjing.errors import BadRecipe, PenjingError, Unsupported
@@ -382,6 +382,24 @@ def test_without_text_the_model_writes_its_own(tmp_path: Path) -> None:
     assert any(line.startswith("NO CALIBRATION TEXT: the model writes 2 × 16 tokens itself") for line in said)
     assert found.kv_cache is not None
     assert len(found.kv_cache["layers"]) == 6
+
+
+@pytest.mark.parametrize("damage", [-1.0, 0.0, np.nan, None, "none"])
+def test_steps_that_are_none_are_found_by_the_self_check(damage: Any, work: Path) -> None:
+    make(work / "model", "llama")
+    noted = run(work).kv_cache["layers"]
+    name, saved = "model.layers.2.self_attn.v_scale", open_checkpoint(work / "out")
+    kv_cache.check(saved, noted)
+    tensors = {each: saved._stored(each, None) for each in saved.infos}
+    saved.close()
+    if damage is None:
+        del tensors[name]
+    elif damage != "none":
+        tensors[name] = np.array([damage], np.float32)
+    write_safetensors(work / "out" / "model.safetensors", tensors, {"format": "pt"})
+    message = "no layer put keys and values" if damage == "none" else f"{name} is no positive step; please report this"
+    with pytest.raises(PenjingError, match=message):
+        kv_cache.check(open_checkpoint(work / "out"), {} if damage == "none" else noted)
 
 
 def test_the_bound_of_the_memory_counts_what_is_kept(work: Path) -> None:

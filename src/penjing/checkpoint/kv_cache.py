@@ -68,7 +68,9 @@ def encode(
 
 
 def check(saved: Checkpoint, noted: Mapping[str, Any]) -> None:
-    """PenjingError unless every attention that was noted has its two steps, and they are positive numbers."""
+    """PenjingError unless some attention was noted, and each has its two steps, which are positive numbers."""
+    if not noted:
+        raise PenjingError(f"{saved.path}: kv_cache: no layer put keys and values into its cache; leave kv_cache out")
     for name in (f"{module}.{part}" for module in noted for part in PARTS.values()):
         try:
             right = bool((saved.read(name) > 0).all()) and saved.infos[name].shape == (1,)

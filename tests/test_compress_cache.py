@@ -410,3 +410,14 @@ def test_the_bound_of_the_memory_counts_what_is_kept(work: Path) -> None:
     calibrator.watch_cache()
     width = 2 * 2 * 8  # keys and values of two heads
     assert needs(calibrator, {}).activations - before >= 2 * 256 * width * 4  # of 256 tokens, and as they are rounded
+
+
+def test_the_whole_is_not_trained_after_its_steps_are_found(work: Path) -> None:
+    make(work / "model", "llama")
+    rule = {"quantize": {"method": "gptq", "bits": 3, "group_size": 16}}
+    recipe = {"version": 1, "kv_cache": "fp8", "rules": [rule], "recover": {"epochs": 1, "codes": True, "distill": 1}}
+    said: list[str] = []
+    settings = {**dict.fromkeys(RTN), "kv_cache": None, "recipe": recipe, "announce": said.append}
+    found = run(work, **settings)
+    assert any("distill is left out, because it would move what steps of the cache were found for" in it for it in said)
+    assert (found.distilled, len(found.recovered), len(found.kv_cache["layers"])) == (None, 3, 3)

@@ -137,7 +137,7 @@ class Job:
         assert self.recipe.recover is not None
         asked = self.recipe.recover
         original = self.text.open(self._rotated(self.whole), {}, self.folder / "teacher")
-        if asked.distill and may_distil(calibrator) and may_distil(original):
+        if asked.distill and self.recipe.kv_cache is None and may_distil(calibrator) and may_distil(original):
             calibrator.original = original
         if not asked.epochs:
             return
@@ -177,6 +177,10 @@ class Job:
         asked = self.recipe.recover
         if asked is None or not asked.distill or self.calibrator is None or self.calibrator.original is not None:
             return None
+        if self.recipe.kv_cache is not None:
+            return (
+                f"{self.whole.path}: distill is left out, because it would move what steps of the cache were found for"
+            )
         from .calibrate.distil import may_distil
 
         fits = "it and its original do not fit in memory as a whole"

@@ -26,7 +26,7 @@ from tiny_llama import NOVELIST
 
 IDS = torch.arange(3, 40)[None]
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
-FAMILIES |= {
+OTHERS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
@@ -37,6 +37,12 @@ FAMILIES |= {
     "starcoder2": {},
     "olmo2": {},
 }
+
+
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, settings in OTHERS.items():
+        monkeypatch.setitem(FAMILIES, name, settings)
 
 
 def transformers_logits(folder: Path) -> np.ndarray:

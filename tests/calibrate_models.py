@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from penjing.checkpoint import open_checkpoint
 
 SHAPE: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
@@ -50,6 +53,31 @@ def make(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return model.float()
+
+
+def workplace(folder: Path, tokens: int = 400) -> Path:
+    """The folder, with a Llama in ``model`` and so many words for it in ``text.txt``."""
+    make(folder / "model", "llama")
+    (folder / "text.txt").write_text(text(tokens))
+    return folder
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """Each tensor that a model saved in a folder has, by name: weights as they are stored."""
+    saved = open_checkpoint(folder)
+    return {name: saved.weight(name.removesuffix(".weight")) for name in saved.names}
+
+
+def stopping_after(reports: int) -> Callable[[float, float], None]:
+    """Progress of a run that somebody interrupts at so many reports of it."""
+
+    def progress(done: float, total: float) -> None:
+        nonlocal reports
+        reports -= 1
+        if not reports:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def text(tokens: int = 400, seed: int = 0, low: int = 3) -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from calibrate_models import FAMILIES, make, text
+from calibrate_models import FAMILIES, make, stopping_after, text
 from penjing import models
 from penjing.calibrate import Calibration, needs, open_calibrator
 from penjing.checkpoint import kv_cache, open_checkpoint, write_safetensors
@@ -134,14 +134,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(reports: int, settings: dic
     make(work / "model", "llama")
     whole = run(work, "whole", shard_bytes=1, **settings)
 
-    def progress(done: float, total: float) -> None:
-        nonlocal reports
-        reports -= 1
-        if not reports:
-            raise KeyboardInterrupt
-
     with pytest.raises(PenjingError, match="the same command goes on from there"):
-        run(work, shard_bytes=1, progress=progress, **settings)
+        run(work, shard_bytes=1, progress=stopping_after(reports), **settings)
     with pytest.raises(PenjingError, match=r"an unfinished run with another .*recipe"):
         run(work, shard_bytes=1, kv_cache=None, **{**settings, "method": "gptq"})
     again = run(work, shard_bytes=1, **settings)

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from calibrate_models import make, text
+from calibrate_models import make, stopping_after, text, workplace
 from penjing.calibrate import stream
 from penjing.checkpoint import open_checkpoint, write_safetensors
 from penjing.compress import compress
@@ -33,9 +33,7 @@ ROWS: dict[str, Any] = {"samples": 10, "sequence_length": 24}
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    make(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(text())
-    return tmp_path
+    return workplace(tmp_path)
 
 
 def run(work: Path, out: str, **changes: Any) -> Any:
@@ -168,14 +166,8 @@ def test_other_families_are_compressed(family: str, tmp_path: Path) -> None:
 
 
 def stop_after(reports: int, work: Path, out: str, **changes: Any) -> None:
-    def progress(done: float, total: float) -> None:
-        nonlocal reports
-        reports -= 1
-        if not reports:
-            raise KeyboardInterrupt
-
     with pytest.raises(PenjingError, match="the same command goes on from there"):
-        run(work, out, progress=progress, **changes)
+        run(work, out, progress=stopping_after(reports), **changes)
 
 
 @pytest.mark.parametrize("reports", [1, 3, 5, 8])

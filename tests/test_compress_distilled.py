@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate_models import make, text
+from calibrate_models import make, numbers, text, workplace
 from penjing import distilled
 from penjing.calibrate.distil import Pupil
 from penjing.calibrate.graph import Graph
@@ -31,20 +31,13 @@ RTN = {"method": "rtn", "bits": 3, "group_size": 16}
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    make(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(text(48 * 32))
-    return tmp_path
+    return workplace(tmp_path, 48 * 32)
 
 
 def run(work: Path, out: str, **changes: Any) -> Any:
     recipe = {"version": 1, "rules": [{"quantize": RTN}], "recover": {"epochs": 0, "distill": 3, "tokens": 64}}
     settings = {**ROWS, "calibration": [work / "text.txt"], "shard_bytes": 1, "recipe": recipe, **changes}
     return compress(work / "model", work / out, **settings)
-
-
-def numbers(folder: Path) -> dict[str, Any]:
-    saved = open_checkpoint(folder)
-    return {name: saved.weight(name.removesuffix(".weight")) for name in saved.names}
 
 
 def scores(folder: Path, rows: torch.Tensor) -> torch.Tensor:

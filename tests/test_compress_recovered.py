@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate_models import make, text
+from calibrate_models import make, numbers, stopping_after, text, workplace
 from penjing import models
 from penjing.calibrate.latent import Latent
 from penjing.checkpoint import open_checkpoint
@@ -29,19 +29,12 @@ INT3: dict[str, Any] = {"method": "rtn", "bits": 3, "group_size": 16}
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    make(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(text(48 * 32))
-    return tmp_path
+    return workplace(tmp_path, 48 * 32)
 
 
 def run(work: Path, out: str, **changes: Any) -> Any:
     settings = {**ROWS, "calibration": [work / "text.txt"], "shard_bytes": 1, "recover": True, **changes}
     return compress(work / "model", work / out, **settings)
-
-
-def numbers(folder: Path) -> dict[str, Any]:
-    saved = open_checkpoint(folder)
-    return {name: saved.weight(name.removesuffix(".weight")) for name in saved.names}
 
 
 def test_codes_stay_and_steps_and_norms_move(work: Path) -> None:
@@ -130,16 +123,8 @@ def test_other_families_recover(family: str, tmp_path: Path) -> None:
 def test_an_interrupted_run_ends_with_the_same_bytes(reports: int, work: Path) -> None:
     settings = {**INT3, "remove_layers": (1,)}
     whole = run(work, "whole", **settings)
-    left = reports
-
-    def progress(done: float, total: float) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-
     with pytest.raises(PenjingError, match="the same command goes on from there"):
-        run(work, "out", progress=progress, **settings)
+        run(work, "out", progress=stopping_after(reports), **settings)
     assert run(work, "out", **settings).digest == whole.digest
     said = json.loads((work / "out" / "penjing.json").read_text())
     assert said["recovered"] == whole.recovered

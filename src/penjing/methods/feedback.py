@@ -144,9 +144,11 @@ def _too_rough(hessian: Floats, error: Floats, ridge: float, columns: int = 256,
     A slope that is off by δ puts its column δ / curve beside its best place, which costs δ² / curve.
     """
     some = evenly(len(hessian), columns)
-    h, e = hessian[some], np.ascontiguousarray(error[:, evenly(error.shape[1], rows)])
-    off = h.astype(bfloat16).astype(np.float32) @ e.astype(bfloat16).astype(np.float32) - h @ e
+    e = np.ascontiguousarray(error[:, evenly(error.shape[1], rows)])
+    slope = hessian @ e
+    rounded = hessian[some].astype(bfloat16).astype(np.float32) @ e.astype(bfloat16).astype(np.float32)
+    off = rounded - slope[some]
     curve = hessian[some, some, None] + np.float32(ridge)
     lost = np.square(off).sum(axis=1, keepdims=True) / np.where(curve > 0, curve, np.inf)
-    loss = float(np.einsum("no,no->", hessian @ e, e)) + ridge * float(np.square(e).sum())
+    loss = float(np.einsum("no,no->", slope, e)) + ridge * float(np.square(e).sum())
     return bool(lost.sum() * len(hessian) / len(some) > DOUBT * loss)

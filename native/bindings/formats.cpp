@@ -11,7 +11,6 @@
 #include "formats/prune.h"
 #include "formats/scan.h"
 #include "formats/settle.h"
-#include "kernels/pairs.h"
 
 namespace penjing::bindings {
 namespace {
@@ -104,32 +103,6 @@ float threshold(const In &weight, bool bfloat16, int64_t count) {
   return type == Float::f32    ? std::bit_cast<float>(bits)
          : type == Float::bf16 ? from_bf16(static_cast<uint16_t>(bits))
                                : from_f16(static_cast<uint16_t>(bits));
-}
-
-void gram_of(const In &x, const Out &total) {
-  const uint16_t *rows = checked<uint16_t>(x, "x", {any, any});
-  const auto count = static_cast<int64_t>(x.shape(0)), columns = static_cast<int64_t>(x.shape(1));
-  float *sums = checked<float>(total, "total", {columns, columns});
-  require(has_pairs(), "this processor has no products of pairs");
-  nb::gil_scoped_release release;
-  add_gram({rows, true, count, columns, columns}, sums);
-}
-
-// Columns [low, high) of a (rows, any), transposed, times b (rows, any).
-nb::object pair_product(const In &a, int64_t low, int64_t high, const In &b) {
-  const float *left = checked<float>(a, "a", {any, any});
-  const auto rows = static_cast<int64_t>(a.shape(0)), stride = static_cast<int64_t>(a.shape(1));
-  const float *right = checked<float>(b, "b", {rows, any});
-  const auto columns = static_cast<int64_t>(b.shape(1));
-  require(0 <= low && low < high && high <= stride, "low, high: columns of a");
-  require(has_pairs(), "this processor has no products of pairs");
-  const size_t shape[] = {static_cast<size_t>(high - low), b.shape(1)};
-  float *product;
-  nb::object result = numpy_array(shape, 2, &product);
-  nb::gil_scoped_release release;
-  std::fill_n(product, (high - low) * columns, 0.0f);
-  add_product({left + low, false, rows, high - low, stride}, {right, false, rows, columns, columns}, product);
-  return result;
 }
 
 bool nonfinite(const In &values, bool bfloat16) {
@@ -279,9 +252,6 @@ void formats(nb::module_ &m) {
   m.def("prune", &prune_parts, nb::arg("weight"), nb::arg("bfloat16"), nb::arg("parts"), nb::arg("count"));
   m.def("prune_threshold", &threshold, nb::arg("weight"), nb::arg("bfloat16"), nb::arg("count"));
   m.def("has_nonfinite", &nonfinite, nb::arg("values"), nb::arg("bfloat16"));
-  m.def("has_pairs", &has_pairs);
-  m.def("add_gram", &gram_of, nb::arg("x"), nb::arg("total"));
-  m.def("pair_product", &pair_product, nb::arg("a"), nb::arg("low"), nb::arg("high"), nb::arg("b"));
   m.def("settle", &settle_columns, nb::arg("base"), nb::arg("coupling"), nb::arg("reference"), nb::arg("kept").none(),
         nb::arg("scale").none(), nb::arg("inverse").none(), nb::arg("low").none(), nb::arg("high").none(),
         nb::arg("group").none());

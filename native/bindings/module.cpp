@@ -10,6 +10,7 @@ namespace nb = nanobind;
 namespace penjing::bindings {
 void matrix(nb::module_ &m);
 void integer(nb::module_ &m);
+void pairs(nb::module_ &m);
 void formats(nb::module_ &m);
 void decoder(nb::module_ &m);
 void elements(nb::module_ &m);
@@ -29,6 +30,7 @@ NB_MODULE(_native, m) {
   penjing::bindings::matrix(m);
   penjing::bindings::integer(m);
   penjing::bindings::formats(m);
+  penjing::bindings::pairs(m);
   penjing::bindings::decoder(m);
   penjing::bindings::elements(m);
   penjing::bindings::kv(m);

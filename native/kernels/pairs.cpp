@@ -72,15 +72,28 @@ void add_gram(const PairRows &x, float *total) {
   });
 }
 
-void add_product(const PairRows &a, const PairRows &b, float *total) {
-  Packed left(a), right(b);
+PairMatrix::PairMatrix(int64_t rows, int64_t columns)
+    : rows_(rows), columns_(columns), panels_((columns + width - 1) / width), pairs_((rows + 1) / 2),
+      data_(panels_ * pairs_ * width) {
+  std::fill_n(data_.data(), data_.size(), 0u);
+}
+
+void PairMatrix::put(const PairRows &x, int64_t low, int64_t high) {
+  const int64_t first = low / 2, count = (high + 1) / 2 - first;
+  parallel_for(panels_, [&](int64_t panel) {
+    pairs::pack(x, panel, first, count, data_.data() + (panel * pairs_ + first) * width);
+  });
+}
+
+void PairMatrix::add_product(const PairRows &a, float *total) const {
+  Packed left(a);
   stretches(a.rows, [&](int64_t first, int64_t count) {
     left.pack(first, count);
-    right.pack(first, count);
-    parallel_for(right.panels(), [&](int64_t panel) {
+    parallel_for(panels_, [&](int64_t panel) {
+      const uint32_t *right = data_.data() + (panel * pairs_ + first) * width;
       for (int64_t top = 0; top < a.columns; top += tile)
-        pairs::add_tile(left.at(top), right.at(panel * width), count, std::min(tile, a.columns - top),
-                        right.columns(panel), b.columns, total + top * b.columns + panel * width);
+        pairs::add_tile(left.at(top), right, count, std::min(tile, a.columns - top),
+                        std::min(width, columns_ - panel * width), columns_, total + top * columns_ + panel * width);
     });
   });
 }
@@ -90,7 +103,9 @@ void add_product(const PairRows &a, const PairRows &b, float *total) {
 bool has_pairs() { return false; }
 
 void add_gram(const PairRows &, float *) { throw std::logic_error("no products of pairs on this processor"); }
-void add_product(const PairRows &, const PairRows &, float *) { add_gram({}, nullptr); }
+PairMatrix::PairMatrix(int64_t, int64_t) { add_gram({}, nullptr); }
+void PairMatrix::put(const PairRows &, int64_t, int64_t) {}
+void PairMatrix::add_product(const PairRows &, float *) const {}
 
 #endif
 

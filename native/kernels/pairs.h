@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "runtime/buffer.h"
+
 namespace penjing {
 
 // Does this processor multiply pairs of bfloat16, and may it be used? Nothing else here works without.
@@ -18,8 +20,26 @@ struct PairRows {
 
 // total (columns, columns) += xᵀx, in its upper triangle; what is below it may change as well.
 void add_gram(const PairRows &x, float *total);
-// total (columns of a, columns of b) += aᵀb, for as many rows of each.
-void add_product(const PairRows &a, const PairRows &b, float *total);
+
+// What many products are made with while blocks of its rows change: kept in bfloat16, in the order that they read.
+class PairMatrix {
+public:
+  PairMatrix(int64_t rows, int64_t columns); // zeros
+
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+  int64_t bytes() const { return data_.size() * static_cast<int64_t>(sizeof(uint32_t)); }
+
+  // Rows [low, high) become those of x; of an odd one the pair does, so that x is to have the row beside it as well.
+  void put(const PairRows &x, int64_t low, int64_t high);
+  // total (columns of a, columns) += aᵀ times the first rows of this, as many as a has; where that is odd, the row
+  // after it counts as zeros.
+  void add_product(const PairRows &a, float *total) const;
+
+private:
+  int64_t rows_, columns_, panels_, pairs_;
+  Buffer<uint32_t> data_; // (panels, pairs, width)
+};
 
 namespace pairs {
 

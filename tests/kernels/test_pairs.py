@@ -34,10 +34,28 @@ def test_gram_is_the_reference(rows: int, columns: int) -> None:
 def test_product_is_the_reference(depth: int, a: int, low: int, high: int, b: int) -> None:
     rng = np.random.default_rng((depth, a, b))
     one, other = (rng.standard_normal((depth, n)).astype(np.float32) for n in (a, b))
-    ours, twin = (kernels.pair_product(one, low, high, other), reference.pair_product(one, low, high, other))
+    ours, twin = (kernels.PairMatrix(other).product(one, low, high), reference.pair_product(one, low, high, other))
     assert ours.shape == twin.shape == (high - low, b)
     size = np.abs(one[:, low:high]).T.astype(np.float64) @ np.abs(other)
     assert (np.abs(ours - twin) <= 4 * np.sqrt(depth + 1) * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize(("rows", "low", "high"), [(7, 2, 5), (130, 0, 128), (131, 128, 131), (3000, 2047, 2049)])
+def test_blocks_of_rows_change(rows: int, low: int, high: int) -> None:
+    rng = np.random.default_rng((rows, low))
+    a, values = (rng.standard_normal((rows, 50)).astype(np.float32) for _ in range(2))
+    held = kernels.PairMatrix(values)
+    values[low:high] += 1
+    held.put(values, low, high)
+    np.testing.assert_array_equal(held.product(a, 3, 50), kernels.PairMatrix(values).product(a, 3, 50))
+
+
+@pytest.mark.parametrize(("rows", "first"), [(8, 0), (8, 5), (300, 129), (2500, 2051)])
+def test_first_rows_alone(rows: int, first: int) -> None:
+    rng = np.random.default_rng((rows, first))
+    a, values = (rng.standard_normal((rows, 50)).astype(np.float32) for _ in range(2))
+    found = kernels.PairMatrix(values).product(a[:first], 1, 40)
+    np.testing.assert_array_equal(found, kernels.PairMatrix(values[:first]).product(a[:first], 1, 40))
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
@@ -49,7 +67,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             kernels.set_threads(threads)
             gram = np.zeros((200, 200), np.float32)
             kernels.add_gram(x.astype(BF16), gram)
-            found.append((np.triu(gram), kernels.pair_product(x, 0, 200, x)))
+            found.append((np.triu(gram), kernels.PairMatrix(x).product(x, 0, 200)))
     finally:
         kernels.set_threads(before)
     for gram, product in found[1:]:
@@ -62,8 +80,12 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="total"):
         kernels.add_gram(x.astype(BF16), np.zeros((4, 5), np.float32))
     with pytest.raises(ValueError, match="columns"):
-        kernels.pair_product(x, 2, 5, x)
+        kernels.PairMatrix(x).product(x, 2, 5)
     with pytest.raises(ValueError, match="columns"):
-        kernels.pair_product(x, 3, 2, x)
-    with pytest.raises(ValueError, match="b: give"):
-        kernels.pair_product(x, 0, 4, x[:2])
+        kernels.PairMatrix(x).product(x, 3, 2)
+    with pytest.raises(ValueError, match="more rows"):
+        kernels.PairMatrix(x[:2]).product(x, 0, 4)
+    with pytest.raises(ValueError, match="values: give"):
+        kernels.PairMatrix(x).put(x[:2], 0, 2)
+    with pytest.raises(ValueError, match="rows of values"):
+        kernels.PairMatrix(x).put(x, 2, 4)

@@ -34,6 +34,7 @@ def steps_of(tensor: FloatTensor) -> np.ndarray:
     return np.broadcast_to(np.repeat(steps, columns // steps.shape[1], axis=1), (rows, columns))
 
 
+@pytest.mark.usefixtures("float_sums")
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=IDS)
 def test_gptq_is_the_papers_recursion(grid: FloatGrid, act_order: bool) -> None:

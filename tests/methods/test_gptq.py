@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from realistic import hessian, layer, loss
 
+from penjing import kernels
 from penjing.errors import BadInput, BadRecipe
 from penjing.formats.affine import Grid
 from penjing.methods import gptq, rtn, sparsegpt
@@ -37,6 +38,7 @@ def textbook(weight: np.ndarray, h: np.ndarray, damping: float, order: np.ndarra
     return done
 
 
+@pytest.mark.usefixtures("float_sums")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("columns", "group", "act_order"),
@@ -124,6 +126,25 @@ def test_sweeps_never_lose_where_one_direction_holds_most_of_the_input() -> None
         for sweeps in (0, 1, 2)
     ]
     assert (np.diff(losses) <= 0).all()
+
+
+@pytest.mark.skipif(not kernels.has_pairs(), reason="this machine does not multiply pairs of bfloat16")
+@pytest.mark.parametrize("outlier", [1, 100])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_sums_in_pairs_lose_next_to_nothing(act_order: bool, outlier: float, request: pytest.FixtureRequest) -> None:
+    """outlier: how many times as large one column of the input is, on which all others depend a little."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2048, 512)) + 0.3 * rng.standard_normal((2048, 1))
+    x[:, 77] *= outlier
+    weight, h = rng.standard_normal((96, 512)).astype(np.float32), x.T @ x / len(x)
+
+    def lost() -> float:
+        solved = gptq.solve(weight, hessian(h), gptq.Config(Grid(3, 128), act_order=act_order, sweeps=0))
+        return loss(weight, solved.decode(), h)
+
+    in_pairs = lost()
+    request.getfixturevalue("float_sums")
+    assert in_pairs == pytest.approx(lost(), rel=0.01)
 
 
 def test_after_enough_sweeps_no_single_code_can_be_better() -> None:

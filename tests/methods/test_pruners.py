@@ -78,6 +78,7 @@ def test_wanda_is_its_formula() -> None:
         np.testing.assert_array_equal(solved[solved != 0], weight[solved != 0])
 
 
+@pytest.mark.usefixtures("float_sums")
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_sparsegpt_is_the_papers_algorithm(pattern: tuple[int, int] | None) -> None:
     """Algorithm 1 of the paper in float64, with the Cholesky factor of the inverse; 3 blocks of 128."""

@@ -20,16 +20,14 @@ from .._native import (
 from .attention import KV_TOKENS, KV_TYPES, MAX_KV_DIM, causal_attention
 from .elements import activate, delta, norm, rotate, route
 from .matrix import Matrix, matrix_from
+from .pairs import PairMatrix, add_gram, has_pairs
 from .screen import Screen, can_screen, screen_bytes, screen_of, screen_shape
 from .stream import (
     Steps,
-    add_gram,
     bitmask_decode,
     bitmask_encode,
     has_nonfinite,
-    has_pairs,
     pack,
-    pair_product,
     prune,
     prune_threshold,
     quantize,
@@ -47,6 +45,7 @@ __all__ = [
     "IntegerLinear",
     "KvPool",
     "Matrix",
+    "PairMatrix",
     "Sampler",
     "Screen",
     "Steps",
@@ -65,7 +64,6 @@ __all__ = [
     "matrix_from",
     "norm",
     "pack",
-    "pair_product",
     "prune",
     "prune_threshold",
     "quantize",

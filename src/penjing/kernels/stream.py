@@ -136,24 +136,6 @@ def search_steps(
     return _native.search_steps(first, second, grid.qmin, grid.qmax, grid.symmetric, grid.scale_dtype, trials, beside)
 
 
-def has_pairs() -> bool:
-    """Does this processor multiply pairs of bfloat16 (AVX512_BF16), which `add_gram` and `pair_product` are made of?
-
-    Their products are exact and their sums float32, in one order whatever the number of threads.
-    """
-    return _native.has_pairs()
-
-
-def add_gram(x: NDArray[Any], total: NDArray[np.float32]) -> None:
-    """total (n, n) += xᵀx of bfloat16 rows (m, n), in its upper triangle; what is below may be anything afterwards."""
-    _native.add_gram(float_bits(x), total)
-
-
-def pair_product(a: NDArray[np.float32], low: int, high: int, b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """aᵀb of columns [low, high) of a (k, m) and b (k, n), both rounded to bfloat16: float32 (high − low, n)."""
-    return _native.pair_product(np.ascontiguousarray(a), low, high, np.ascontiguousarray(b))
-
-
 def has_nonfinite(array: NDArray[Any]) -> bool:
     """Whether a float array (any shape) has a NaN or an infinity."""
     return _native.has_nonfinite(float_bits(array).reshape(-1), is_bfloat16(array))

@@ -16,20 +16,23 @@ void gram_of(const In &x, const Out &total) {
   add_gram({rows, true, count, columns, columns}, sums);
 }
 
+PairRows all_rows(const float *values, int64_t rows, int64_t columns) {
+  return {values, false, rows, columns, columns};
+}
+
 // Rows [low, high) become those of values, which has all rows.
 void put(PairMatrix &matrix, const In &values, int64_t low, int64_t high) {
   const float *rows = checked<float>(values, "values", {matrix.rows(), matrix.columns()});
   require(0 <= low && low <= high && high <= matrix.rows(), "low, high: rows of values");
   nb::gil_scoped_release release;
-  matrix.put({rows, false, matrix.rows(), matrix.columns(), matrix.columns()}, low, high);
+  matrix.put(all_rows(rows, matrix.rows(), matrix.columns()), low, high);
 }
 
 void make(PairMatrix *self, const In &values) {
-  checked<float>(values, "values", {any, any});
+  const float *rows = checked<float>(values, "values", {any, any});
   require(has_pairs(), "this processor has no products of pairs");
-  const auto rows = static_cast<int64_t>(values.shape(0));
-  new (self) PairMatrix(rows, static_cast<int64_t>(values.shape(1)));
-  put(*self, values, 0, rows);
+  nb::gil_scoped_release release;
+  new (self) PairMatrix(all_rows(rows, static_cast<int64_t>(values.shape(0)), static_cast<int64_t>(values.shape(1))));
 }
 
 // Columns [low, high) of a, transposed, times as many first rows as a has.
@@ -55,8 +58,7 @@ void pairs(nb::module_ &m) {
   nb::class_<PairMatrix>(m, "PairMatrix")
       .def("__init__", &make, nb::arg("values"))
       .def("put", &put, nb::arg("values"), nb::arg("low"), nb::arg("high"))
-      .def("product", &product, nb::arg("a"), nb::arg("low"), nb::arg("high"))
-      .def_prop_ro("nbytes", &PairMatrix::bytes);
+      .def("product", &product, nb::arg("a"), nb::arg("low"), nb::arg("high"));
 }
 
 } // namespace penjing::bindings

@@ -72,10 +72,10 @@ void add_gram(const PairRows &x, float *total) {
   });
 }
 
-PairMatrix::PairMatrix(int64_t rows, int64_t columns)
-    : rows_(rows), columns_(columns), panels_((columns + width - 1) / width), pairs_((rows + 1) / 2),
+PairMatrix::PairMatrix(const PairRows &x)
+    : rows_(x.rows), columns_(x.columns), panels_((x.columns + width - 1) / width), pairs_((x.rows + 1) / 2),
       data_(panels_ * pairs_ * width) {
-  std::fill_n(data_.data(), data_.size(), 0u);
+  put(x, 0, rows_);
 }
 
 void PairMatrix::put(const PairRows &x, int64_t low, int64_t high) {
@@ -103,7 +103,7 @@ void PairMatrix::add_product(const PairRows &a, float *total) const {
 bool has_pairs() { return false; }
 
 void add_gram(const PairRows &, float *) { throw std::logic_error("no products of pairs on this processor"); }
-PairMatrix::PairMatrix(int64_t, int64_t) { add_gram({}, nullptr); }
+PairMatrix::PairMatrix(const PairRows &) { add_gram({}, nullptr); }
 void PairMatrix::put(const PairRows &, int64_t, int64_t) {}
 void PairMatrix::add_product(const PairRows &, float *) const {}
 

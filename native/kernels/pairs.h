@@ -24,11 +24,10 @@ void add_gram(const PairRows &x, float *total);
 // What many products are made with while blocks of its rows change: kept in bfloat16, in the order that they read.
 class PairMatrix {
 public:
-  PairMatrix(int64_t rows, int64_t columns); // zeros
+  explicit PairMatrix(const PairRows &x);
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
-  int64_t bytes() const { return data_.size() * static_cast<int64_t>(sizeof(uint32_t)); }
 
   // Rows [low, high) become those of x; of an odd one the pair does, so that x is to have the row beside it as well.
   void put(const PairRows &x, int64_t low, int64_t high);

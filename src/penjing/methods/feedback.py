@@ -106,7 +106,7 @@ class Forward:
         return self.weight[at] - error
 
     def settle(self, start: int, block: Floats, kept: NDArray[np.bool_] | None, steps: Any) -> Any:
-        """Decide on a block that `ahead` gave, column by column → centred codes int16 (n, out); None without steps."""
+        """Decide on a block that `base` gave, column by column → centred codes int16 (n, out); None without steps."""
         at = slice(start, start + len(block))
         codes, self.error[at] = self._settle(block, self.unit[at, at], self.weight[at], kept, steps)
         return codes
